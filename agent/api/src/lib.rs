@@ -1,1 +1,58 @@
-//! To be filled in.
+//! What the shim and the guest's agent must agree on: the ttrpc service, the vsock ports, the
+//! form of a stream and the place of the shared file system.
+//!
+//! The guest only dials and the host only accepts, so nothing in the guest can be reached over
+//! vsock by another process of the guest:
+//!
+//! 1. The agent dials [`HOST_CID`]:[`AGENT_PORT`] when it is ready, and serves [`Agent`] on that
+//!    connection. The shim accepts exactly one such connection in the life of a VM.
+//! 2. For each stream of a process the shim puts a random token into its request. The agent dials
+//!    [`STREAM_PORT`] and sends the token first; a connection with no token that the shim waits
+//!    for is closed.
+//!
+//! A stream is plain bytes in one direction. The writer ends it with `shutdown(SHUT_WR)`.
+//!
+//! [`Agent`]: service::Agent
+
+/// vsock context identifier of the host (`VMADDR_CID_HOST`, vsock(7)).
+pub const HOST_CID: u32 = 2;
+
+/// vsock context identifier of the guest. Every VM has a muxer of its own, so all may share one.
+pub const GUEST_CID: u32 = 3;
+
+/// Host port on which the agent reports for duty.
+pub const AGENT_PORT: u32 = 1024;
+
+/// Host port for the streams of processes.
+pub const STREAM_PORT: u32 = 1025;
+
+/// Bytes in a stream's token.
+pub const TOKEN_LEN: usize = 16;
+
+/// Tag of the virtio-fs device with one directory or file per share at its root.
+pub const SHARED_FS_TAG: &str = "bulkhead";
+
+#[allow(
+    missing_docs,
+    unused_imports,
+    non_upper_case_globals,
+    unused_mut,
+    clippy::all,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "generated code"
+)]
+mod generated {
+    pub mod agent {
+        include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+    }
+
+    pub mod agent_ttrpc {
+        include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+    }
+}
+
+/// Messages of the agent's protocol.
+pub use generated::agent as messages;
+/// Client and server of the agent's ttrpc service.
+pub use generated::agent_ttrpc as service;

@@ -1,1 +1,18 @@
-//! To be filled in.
+//! The control socket between the shim and its VMM.
+//!
+//! A `SOCK_SEQPACKET` pair, made by the shim before it starts `bulkhead-vmm`; the VMM's end is
+//! its descriptor [`CONTROL_FD`]. Each packet is one JSON message of at most [`MAX_MESSAGE`] bytes,
+//! with at most [`MAX_FDS`] descriptors beside it (`SCM_RIGHTS`, unix(7)).
+//!
+//! The shim sends [`Request`]s and the VMM answers each with one [`Reply`], in order. The first
+//! request is [`Request::Boot`], and there is only one. Between replies the VMM sends [`Event`]s.
+//! When either end closes, the other side's owner ends the VM.
+
+mod channel;
+mod message;
+
+pub use channel::{Channel, ChannelError, MAX_FDS, MAX_MESSAGE, Packet};
+pub use message::{Counters, DeviceCounters, Event, FromVmm, Reply, Request, StopReason, VmConfig};
+
+/// Descriptor of the VMM's end of the control socket.
+pub const CONTROL_FD: i32 = 3;

@@ -1,0 +1,123 @@
+//! What is said over the control socket.
+
+use serde::{Deserialize, Serialize};
+
+/// What the shim asks of the VMM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub enum Request {
+    /// Builds the VM and runs it. Descriptors: `/dev/kvm`, the kernel, the initramfs, and with
+    /// [`VmConfig::console`] the file that the guest's console is appended to.
+    Boot(VmConfig),
+    /// Makes a directory or file visible at the root of the shared file system, under `name`.
+    /// Descriptor: the directory or file, opened with `O_PATH`.
+    Share {
+        /// A single path component, unused so far.
+        name: String,
+        /// The guest can change nothing in it.
+        read_only: bool,
+        /// Nobody on the host changes it while it is shared, so the guest may cache it for as
+        /// long as it likes.
+        exclusive: bool,
+    },
+    /// Takes a share away and closes every descriptor below it before the reply.
+    Unshare {
+        /// The name given to [`Request::Share`].
+        name: String,
+    },
+    /// Asks for the VMM's counters.
+    Counters,
+}
+
+/// A VM, complete and immutable.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Number of vCPUs, from 1.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Added to the end of the kernel command line; may be empty.
+    pub kernel_args: String,
+    /// Adds a virtio-console, written to the descriptor that comes with the request.
+    pub console: bool,
+}
+
+/// The VMM's answer to a request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub enum Reply {
+    /// The request was carried out. For [`Request::Boot`]: the vCPUs are about to run.
+    Done,
+    /// The answer to [`Request::Counters`].
+    Counters(Counters),
+    /// The request failed and changed nothing. One line, with its causes.
+    Failed(String),
+}
+
+/// What the VMM says unasked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub enum Event {
+    /// The guest has dialled this vsock port of the host. Descriptor: a stream socket, the other
+    /// end of the connection. Closing it resets the connection.
+    Connection {
+        /// Port on the host's side.
+        port: u32,
+    },
+    /// The VM has ended, and the VMM exits next.
+    Stopped {
+        /// Why.
+        reason: StopReason,
+        /// The last lines of the guest's console, or nothing.
+        console: String,
+    },
+}
+
+/// Why a VM ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub enum StopReason {
+    /// The guest reset or shut itself down: a reboot, a panic, or a triple fault.
+    Reset,
+    /// A vCPU could not go on, or the VMM itself failed. One line, with its causes.
+    Failed(String),
+}
+
+/// What the VMM has counted since its start.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Counters {
+    /// Exits from guest mode by KVM's own count, over all vCPUs (`exits` of `KVM_GET_STATS_FD`).
+    pub exits: u64,
+    /// Returns of `KVM_RUN` to the VMM, over all vCPUs.
+    pub user_exits: u64,
+    /// `CLOCK_MONOTONIC` of the host, in nanoseconds, just before the first `KVM_RUN`.
+    pub entered_ns: u64,
+    /// Per device, by name.
+    pub devices: std::collections::BTreeMap<String, DeviceCounters>,
+}
+
+/// What one device has counted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceCounters {
+    /// Notifications by the guest.
+    pub kicks: u64,
+    /// Interrupts sent to the guest.
+    pub interrupts: u64,
+    /// Payload from the guest, in bytes.
+    pub bytes_from_guest: u64,
+    /// Payload to the guest, in bytes.
+    pub bytes_to_guest: u64,
+}
+
+/// Everything the VMM sends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub enum FromVmm {
+    /// The answer to the oldest request without one.
+    Reply(Reply),
+    /// Something that happened.
+    Event(Event),
+}
