@@ -1,0 +1,195 @@
+//! The lab's root file system and the container images for tests, built from Debian packages.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::cache::Cache;
+use crate::command::run_logged;
+use crate::error::{Context, Error};
+use crate::oci::{ImageConfig, write_archive};
+use crate::step::Step;
+
+/// What is installed in the lab.
+const PACKAGES: &str = include_str!("../packages.txt");
+
+/// Raised when the way the image is built changes.
+const RECIPE: &[u8] = b"1";
+
+/// The size of the lab's disk; the file is sparse.
+const DISK_SIZE: &str = "16G";
+
+/// How long a Debian system may take to download and install.
+const INSTALL_LIMIT: Duration = Duration::from_secs(30 * 60);
+
+/// How long one step over a local tree may take.
+const LOCAL_LIMIT: Duration = Duration::from_secs(10 * 60);
+
+/// A directory with `root.img`, `vmlinuz` and `virtio_blk.ko`.
+pub(crate) fn root_image(cache: &Cache) -> Result<PathBuf, Error> {
+    cache.entry("lab", &[PACKAGES.as_bytes(), RECIPE], |partial| {
+        let root = partial.join("root");
+        let packages: Vec<&str> = PACKAGES.split_whitespace().collect();
+        debian(&root, &packages, "Installing the lab's Debian system")?;
+
+        let step = Step::start("Making the lab's disk image");
+        let kernel = kernel_release(&root)?;
+        unpack_modules(&root, &kernel)?;
+        copy(
+            &root.join(format!("boot/vmlinuz-{kernel}")),
+            &partial.join("vmlinuz"),
+        )?;
+        let driver = format!("usr/lib/modules/{kernel}/kernel/drivers/block/virtio_blk.ko");
+        copy(&root.join(driver), &partial.join("virtio_blk.ko"))?;
+        add_busybox_image(&root, &partial.join("busybox"))?;
+        let mut mke2fs = Command::new("mke2fs");
+        mke2fs
+            // The disk is thrown away after each run: a journal would only cost time.
+            .args(["-q", "-F", "-t", "ext4", "-O", "^has_journal", "-d"])
+            .arg(&root)
+            .arg(partial.join("root.img"))
+            .arg(DISK_SIZE);
+        run_logged(&mut mke2fs, LOCAL_LIMIT)?;
+        remove(&root)?;
+        step.done();
+        Ok(())
+    })
+}
+
+/// The OCI archive of `docker.io/library/debian-dev:latest`: Debian 13 with python3 and gcc.
+pub fn debian_dev_archive(cache: &Cache) -> Result<PathBuf, Error> {
+    const DEV_PACKAGES: [&str; 3] = ["gcc", "libc6-dev", "python3"];
+    let inputs = DEV_PACKAGES.join(" ");
+    let entry = cache.entry("debian-dev", &[inputs.as_bytes(), RECIPE], |partial| {
+        let root = partial.join("root");
+        debian(
+            &root,
+            &DEV_PACKAGES,
+            "Installing Debian for the image debian-dev",
+        )?;
+        let step = Step::start("Packing the image debian-dev");
+        write_archive(
+            &root,
+            &ImageConfig {
+                reference: "docker.io/library/debian-dev:latest",
+                command: &["/bin/bash"],
+            },
+            &partial.join("debian-dev.tar"),
+        )?;
+        remove(&root)?;
+        step.done();
+        Ok(())
+    })?;
+    Ok(entry.join("debian-dev.tar"))
+}
+
+/// Installs a minimal Debian 13 with some packages into a directory.
+fn debian(root: &Path, packages: &[&str], what: &str) -> Result<(), Error> {
+    let step = Step::start(what);
+    let mut command = Command::new("mmdebstrap");
+    command
+        // Kernel packages build no initramfs then; the lab brings its own.
+        .env("INITRD", "No")
+        .args(["--variant=minbase", "--format=directory"])
+        .args(
+            ["doc", "man", "locale", "info"]
+                .map(|directory| format!("--dpkgopt=path-exclude=/usr/share/{directory}/*")),
+        )
+        .arg(format!("--include={}", packages.join(",")))
+        .arg("trixie")
+        .arg(root);
+    run_logged(&mut command, INSTALL_LIMIT)?;
+    step.done();
+    Ok(())
+}
+
+fn kernel_release(root: &Path) -> Result<String, Error> {
+    let modules = root.join("usr/lib/modules");
+    let missing = || Error::Missing {
+        what: format!("a kernel in {}", modules.display()),
+        hint: "the lab's package list must have one".into(),
+    };
+    let mut entries = fs::read_dir(&modules).context(|| format!("list {}", modules.display()))?;
+    let entry = entries.next().ok_or_else(missing)?;
+    let entry = entry.context(|| format!("list {}", modules.display()))?;
+    entry.file_name().into_string().map_err(|_| missing())
+}
+
+/// Decompresses the kernel's modules once, so that no boot has to do it under emulation.
+fn unpack_modules(root: &Path, kernel: &str) -> Result<(), Error> {
+    let mut unxz = Command::new("find");
+    unxz.arg(root.join("usr/lib/modules"))
+        .args(["-name", "*.ko.xz", "-exec", "unxz", "{}", "+"]);
+    run_logged(&mut unxz, LOCAL_LIMIT)?;
+    let mut depmod = Command::new("depmod");
+    depmod.arg("--basedir").arg(root.join("usr")).arg(kernel);
+    run_logged(&mut depmod, LOCAL_LIMIT)
+}
+
+/// Puts `docker.io/library/busybox:latest` where the lab's agent imports it at boot.
+fn add_busybox_image(lab_root: &Path, root: &Path) -> Result<(), Error> {
+    let io = |result: std::io::Result<()>| result.context(|| format!("make {}", root.display()));
+    for directory in [
+        "bin", "dev", "etc", "home", "proc", "root", "sys", "tmp", "usr", "var",
+    ] {
+        io(fs::create_dir_all(root.join(directory)))?;
+    }
+    for link in ["sbin", "usr/bin", "usr/sbin"] {
+        let to = if link.contains('/') { "../bin" } else { "bin" };
+        io(symlink(to, root.join(link)))?;
+    }
+    io(symlink("/tmp", root.join("var/tmp")))?;
+    io(fs::write(root.join("etc/passwd"), PASSWD))?;
+    io(fs::write(root.join("etc/group"), GROUP))?;
+    let mut modes = Command::new("chmod");
+    modes.arg("1777").arg(root.join("tmp"));
+    run_logged(&mut modes, LOCAL_LIMIT)?;
+
+    let busybox = root.join("bin/busybox");
+    copy(&lab_root.join("usr/bin/busybox"), &busybox)?;
+    let applets = Command::new(&busybox)
+        .arg("--list")
+        .output()
+        .context(|| format!("run {}", busybox.display()))?;
+    for applet in String::from_utf8_lossy(&applets.stdout).lines() {
+        if applet != "busybox" {
+            io(symlink("busybox", root.join("bin").join(applet)))?;
+        }
+    }
+    let images = lab_root.join("var/lib/bulkhead-images/boot");
+    io(fs::create_dir_all(&images))?;
+    let config = ImageConfig {
+        reference: "docker.io/library/busybox:latest",
+        command: &["sh"],
+    };
+    write_archive(root, &config, &images.join("busybox.tar"))?;
+    remove(root)
+}
+
+const PASSWD: &str = "\
+root:x:0:0:root:/root:/bin/sh
+daemon:x:1:1:daemon:/usr/sbin:/bin/false
+www-data:x:33:33:www-data:/var/www:/bin/false
+nobody:x:65534:65534:nobody:/home:/bin/false
+";
+
+const GROUP: &str = "\
+root:x:0:
+daemon:x:1:
+tty:x:5:
+www-data:x:33:
+nogroup:x:65534:
+";
+
+fn copy(from: &Path, to: &Path) -> Result<(), Error> {
+    let copied = fs::copy(from, to);
+    copied
+        .map(drop)
+        .context(|| format!("copy {} to {}", from.display(), to.display()))
+}
+
+fn remove(path: &Path) -> Result<(), Error> {
+    fs::remove_dir_all(path).context(|| format!("remove {}", path.display()))
+}

@@ -1,0 +1,241 @@
+//! `cargo xtask lab`: labs that stay up in the background.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use bulkhead_lab::{Cache, Client, Input, LabOptions, LabState};
+use clap::{Args, Subcommand};
+
+use crate::terminal::Terminal;
+
+/// What the supervisor prints when the lab can be used.
+const READY: &str = "ready\n";
+
+#[derive(Subcommand)]
+pub enum LabTask {
+    /// Start a lab in the background and wait until it is ready.
+    Up(Up),
+    /// Run a command in the lab; its exit code is this command's.
+    Exec {
+        #[command(flatten)]
+        name: Name,
+        /// Run it on a terminal.
+        #[arg(short)]
+        tty: bool,
+        /// Add a variable, NAME=VALUE, to its environment.
+        #[arg(short, long)]
+        env: Vec<String>,
+        /// Its working directory.
+        #[arg(short = 'w', long)]
+        cwd: Option<PathBuf>,
+        /// Kill it after this many seconds.
+        #[arg(long, default_value_t = 600)]
+        timeout: u64,
+        /// The command and its arguments.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Copy a file, or a directory's content, to exactly this path in the lab.
+    Push {
+        #[command(flatten)]
+        name: Name,
+        from: PathBuf,
+        to: String,
+    },
+    /// Copy a file, or a directory's content, from the lab to exactly this path.
+    Pull {
+        #[command(flatten)]
+        name: Name,
+        from: String,
+        to: PathBuf,
+    },
+    /// Import the image docker.io/library/debian-dev:latest (python3, gcc) into the lab.
+    LoadDebianDev(Name),
+    /// Print the lab's serial console.
+    Console(Name),
+    /// End the lab; everything in it is lost.
+    Down(Name),
+    /// Supervise a lab; `up` starts this in the background.
+    #[command(hide = true)]
+    Serve(Up),
+}
+
+/// Which of several labs.
+#[derive(Args)]
+pub struct Name {
+    /// The lab's name.
+    #[arg(long, default_value = "default")]
+    name: String,
+}
+
+#[derive(Args)]
+pub struct Up {
+    #[command(flatten)]
+    name: Name,
+    /// Count instructions instead of time: slower, but the same on every machine.
+    #[arg(long)]
+    metered: bool,
+    /// Do not start containerd.
+    #[arg(long)]
+    no_containerd: bool,
+    /// The lab's memory in MiB.
+    #[arg(long, default_value_t = 6144)]
+    memory: u32,
+}
+
+/// Runs the task; the result is the process's exit code.
+pub fn run(task: LabTask) -> Result<i32> {
+    match task {
+        LabTask::Up(up) => up_in_background(&up)?,
+        LabTask::Serve(up) => serve(&up.options())?,
+        LabTask::Exec {
+            name,
+            tty,
+            env,
+            cwd,
+            timeout,
+            command,
+        } => return exec(&name, tty, &env, cwd, timeout, command),
+        LabTask::Push { name, from, to } => name.client()?.push(&from, &to)?,
+        LabTask::Pull { name, from, to } => name.client()?.pull(&from, &to)?,
+        LabTask::LoadDebianDev(name) => load_debian_dev(&name.client()?)?,
+        LabTask::Console(name) => {
+            let path = name.state()?.console();
+            let mut console = File::open(&path).with_context(|| format!("{}", path.display()))?;
+            std::io::copy(&mut console, &mut std::io::stdout())?;
+        }
+        LabTask::Down(name) => name.state()?.down()?,
+    }
+    Ok(0)
+}
+
+/// Supervises a lab; says when it is ready and nothing after, for nobody listens then.
+fn serve(options: &LabOptions) -> Result<()> {
+    let log = LabState::named(&options.name)?.supervisor_log();
+    bulkhead_lab::serve(options, || {
+        // The process that waits for this line may have been interrupted.
+        let mut stdout = std::io::stdout();
+        let _ = stdout
+            .write_all(READY.as_bytes())
+            .and_then(|()| stdout.flush());
+        if let Ok(log) = File::create(log) {
+            // Were this to fail, a later message would have no reader.
+            let _ =
+                rustix::stdio::dup2_stdout(&log).and_then(|()| rustix::stdio::dup2_stderr(&log));
+        }
+    })?;
+    Ok(())
+}
+
+/// Puts the development image into a lab's containerd.
+fn load_debian_dev(lab: &Client) -> Result<()> {
+    const IN_LAB: &str = "/var/lib/bulkhead-images/debian-dev.tar";
+    lab.push(&bulkhead_lab::debian_dev_archive(&Cache::open()?)?, IN_LAB)?;
+    let import = lab.exec(["ctr", "image", "import", IN_LAB]).run()?;
+    if import.status != 0 {
+        bail!(
+            "ctr image import: {}",
+            String::from_utf8_lossy(&import.stderr)
+        );
+    }
+    Ok(())
+}
+
+fn exec(
+    name: &Name,
+    tty: bool,
+    env: &[String],
+    cwd: Option<PathBuf>,
+    timeout: u64,
+    command: Vec<String>,
+) -> Result<i32> {
+    let mut exec = name
+        .client()?
+        .exec(command)
+        .limit(Duration::from_secs(timeout))
+        .stdin(Input::Reader(Box::new(std::io::stdin())));
+    for variable in env {
+        let Some((name, value)) = variable.split_once('=') else {
+            bail!("{variable:?} is not of the form NAME=VALUE");
+        };
+        exec = exec.env(name, value);
+    }
+    if let Some(dir) = cwd {
+        exec = exec.cwd(dir);
+    }
+    let mut terminal = None;
+    if tty {
+        let (raw, size, resizes) = Terminal::raw()?;
+        terminal = Some(raw);
+        exec = exec.tty(size, resizes);
+    }
+    let status = exec.stream(&mut std::io::stdout(), &mut std::io::stderr());
+    drop(terminal);
+    Ok(status?)
+}
+
+/// Starts the supervisor in a session of its own and waits for its word.
+fn up_in_background(up: &Up) -> Result<()> {
+    let mut command = Command::new(std::env::current_exe().context("find this program")?);
+    command
+        .args(["lab", "serve", "--name", &up.name.name])
+        .args(["--memory", &up.memory.to_string()])
+        .args(up.metered.then_some("--metered"))
+        .args(up.no_containerd.then_some("--no-containerd"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0);
+    let mut supervisor = command.spawn().context("start the lab's supervisor")?;
+    let (Some(mut stdout), Some(mut stderr)) = (supervisor.stdout.take(), supervisor.stderr.take())
+    else {
+        bail!("the lab's supervisor has no output");
+    };
+    // The supervisor's steps are shown as they happen; this thread ends with this process.
+    let progress = std::thread::spawn(move || {
+        let mut said = Vec::new();
+        let mut buffer = [0; 4096];
+        while let Ok(count @ 1..) = stderr.read(&mut buffer) {
+            said.extend_from_slice(&buffer[..count]);
+            if std::io::stderr().write_all(&buffer[..count]).is_err() {
+                break;
+            }
+        }
+    });
+    // Every wait of the supervisor has a deadline, so this ends.
+    let mut word = [0; READY.len()];
+    if stdout.read_exact(&mut word).is_ok() && word == *READY.as_bytes() {
+        println!("lab {:?} is ready", up.name.name);
+        return Ok(());
+    }
+    // A panic there was already printed.
+    let _ = progress.join();
+    let status = supervisor.wait().context("wait for the lab's supervisor")?;
+    bail!("the lab did not come up ({status})");
+}
+
+impl Name {
+    fn state(&self) -> Result<LabState> {
+        Ok(LabState::named(&self.name)?)
+    }
+
+    fn client(&self) -> Result<Client> {
+        Ok(Client::connect(self.state()?)?)
+    }
+}
+
+impl Up {
+    fn options(&self) -> LabOptions {
+        LabOptions {
+            name: self.name.name.clone(),
+            metered: self.metered,
+            containerd: !self.no_containerd,
+            memory_mib: self.memory,
+        }
+    }
+}
