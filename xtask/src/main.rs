@@ -1,7 +1,15 @@
 //! The developer's commands: `cargo xtask --help`.
 
+mod bench;
+mod build;
+mod demo;
+mod host;
+mod install;
 mod lab;
 mod terminal;
+mod test;
+
+use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
@@ -15,6 +23,25 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Install what is missing, build everything, and run a container in its own microVM.
+    Demo,
+    /// Check format and lints, run the unit tests, and run the end-to-end tests in a lab.
+    Test {
+        /// Only the end-to-end tests, and of these the ones that match.
+        #[arg(long)]
+        e2e: Option<String>,
+    },
+    /// Build all programs, the guest's kernel and its initramfs, as they are shipped.
+    Build,
+    /// Build, and lay the files out as they are on a user's machine.
+    Install {
+        /// Where the machine's file system is.
+        #[arg(long, default_value = "/")]
+        root: PathBuf,
+    },
+    /// Measure.
+    #[command(subcommand)]
+    Bench(bench::BenchTask),
     /// A KVM host in software: start one, run commands in it, copy files in and out.
     #[command(subcommand)]
     Lab(lab::LabTask),
@@ -22,6 +49,11 @@ enum Task {
 
 fn main() {
     let result = match Cli::parse().command {
+        Task::Demo => demo::run(),
+        Task::Test { e2e } => test::run(e2e.as_deref()),
+        Task::Build => build::build().map(|_| 0),
+        Task::Install { root } => install::run(&root),
+        Task::Bench(task) => bench::run(task),
         Task::Lab(task) => lab::run(task),
     };
     match result {

@@ -87,7 +87,7 @@ impl Client {
         let Some(stream) = tar.stdout.take() else {
             unreachable!("tar's output was asked to be a pipe");
         };
-        let unpack = r#"mkdir -p "$1" && tar -x -C "$1""#;
+        let unpack = r#"mkdir -p "$1" && tar -x --no-overwrite-dir -C "$1""#;
         let unpacked = self
             .exec(["sh", "-ec", unpack, "push", to])
             .stdin(Input::Reader(Box::new(stream)))
@@ -96,10 +96,9 @@ impl Client {
         let status = tar.wait().context(|| "wait for tar")?;
         unpacked?;
         if !status.success() {
-            return Err(Error::Command {
+            return Err(Error::Failed {
                 command: format!("tar of {}", from.display()),
                 status,
-                output: String::new(),
             });
         }
         Ok(())
@@ -131,10 +130,9 @@ impl Client {
         let status = tar.wait().context(|| "wait for tar")?;
         pulled?;
         if !status.success() {
-            return Err(Error::Command {
+            return Err(Error::Failed {
                 command: format!("tar into {}", to.display()),
                 status,
-                output: String::new(),
             });
         }
         Ok(())

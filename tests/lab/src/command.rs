@@ -40,6 +40,27 @@ pub fn run_logged(command: &mut Command, limit: Duration) -> Result<(), Error> {
     }
 }
 
+/// Runs a command to its end with its output shown to the user, within `limit`.
+pub fn run_shown(command: &mut Command, limit: Duration) -> Result<(), Error> {
+    let name = describe(command);
+    let mut child = command
+        .stdin(Stdio::null())
+        .spawn()
+        .context(|| format!("run {name}"))?;
+    match wait(&mut child, limit).context(|| format!("wait for {name}"))? {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => Err(Error::Failed {
+            command: name,
+            status,
+        }),
+        None => Err(Error::CommandTimeout {
+            command: name,
+            limit,
+            output: "(see above)".into(),
+        }),
+    }
+}
+
 /// Waits for a child until `limit` has passed; then kills it and returns `None`.
 fn wait(child: &mut Child, limit: Duration) -> std::io::Result<Option<ExitStatus>> {
     let pid = Pid::from_child(child);

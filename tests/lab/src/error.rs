@@ -27,6 +27,14 @@ pub enum Error {
         /// The last lines it printed.
         output: String,
     },
+    /// A command on the build machine failed after it told the user why.
+    #[error("{command} failed ({status})")]
+    Failed {
+        /// The program and its arguments.
+        command: String,
+        /// How it ended.
+        status: ExitStatus,
+    },
     /// A command on the build machine did not end in time.
     #[error("{command} did not end within {limit:?}; its last output:\n{output}")]
     CommandTimeout {

@@ -11,12 +11,13 @@ use crate::command::run_logged;
 use crate::error::{Context, Error};
 use crate::oci::{ImageConfig, write_archive};
 use crate::step::Step;
+use crate::tools;
 
 /// What is installed in the lab.
 const PACKAGES: &str = include_str!("../packages.txt");
 
 /// Raised when the way the image is built changes.
-const RECIPE: &[u8] = b"1";
+const RECIPE: &[u8] = b"2";
 
 /// The size of the lab's disk; the file is sparse.
 const DISK_SIZE: &str = "16G";
@@ -27,7 +28,10 @@ const INSTALL_LIMIT: Duration = Duration::from_secs(30 * 60);
 /// How long one step over a local tree may take.
 const LOCAL_LIMIT: Duration = Duration::from_secs(10 * 60);
 
-/// A directory with `root.img`, `vmlinuz` and `virtio_blk.ko`.
+/// The archive of `docker.io/library/busybox:latest`.
+const BUSYBOX_ARCHIVE: &str = "busybox.tar";
+
+/// A directory with `root.img`, `vmlinuz`, `virtio_blk.ko` and `busybox.tar`.
 pub(crate) fn root_image(cache: &Cache) -> Result<PathBuf, Error> {
     cache.entry("lab", &[PACKAGES.as_bytes(), RECIPE], |partial| {
         let root = partial.join("root");
@@ -43,7 +47,11 @@ pub(crate) fn root_image(cache: &Cache) -> Result<PathBuf, Error> {
         )?;
         let driver = format!("usr/lib/modules/{kernel}/kernel/drivers/block/virtio_blk.ko");
         copy(&root.join(driver), &partial.join("virtio_blk.ko"))?;
-        add_busybox_image(&root, &partial.join("busybox"))?;
+        let archive = partial.join(BUSYBOX_ARCHIVE);
+        pack_busybox(&root, &partial.join("busybox"), &archive)?;
+        let at_boot = root.join("var/lib/bulkhead-images/boot");
+        fs::create_dir_all(&at_boot).context(|| format!("create {}", at_boot.display()))?;
+        copy(&archive, &at_boot.join(BUSYBOX_ARCHIVE))?;
         let mut mke2fs = Command::new("mke2fs");
         mke2fs
             // The disk is thrown away after each run: a journal would only cost time.
@@ -58,9 +66,16 @@ pub(crate) fn root_image(cache: &Cache) -> Result<PathBuf, Error> {
     })
 }
 
+/// The OCI archive of `docker.io/library/busybox:latest`, which every lab has in its containerd.
+pub fn busybox_archive(cache: &Cache) -> Result<PathBuf, Error> {
+    tools::install_host_packages(tools::LAB_HOST_PACKAGES)?;
+    Ok(root_image(cache)?.join(BUSYBOX_ARCHIVE))
+}
+
 /// The OCI archive of `docker.io/library/debian-dev:latest`: Debian 13 with python3 and gcc.
 pub fn debian_dev_archive(cache: &Cache) -> Result<PathBuf, Error> {
     const DEV_PACKAGES: [&str; 3] = ["gcc", "libc6-dev", "python3"];
+    tools::install_host_packages(tools::LAB_HOST_PACKAGES)?;
     let inputs = DEV_PACKAGES.join(" ");
     let entry = cache.entry("debian-dev", &[inputs.as_bytes(), RECIPE], |partial| {
         let root = partial.join("root");
@@ -128,8 +143,8 @@ fn unpack_modules(root: &Path, kernel: &str) -> Result<(), Error> {
     run_logged(&mut depmod, LOCAL_LIMIT)
 }
 
-/// Puts `docker.io/library/busybox:latest` where the lab's agent imports it at boot.
-fn add_busybox_image(lab_root: &Path, root: &Path) -> Result<(), Error> {
+/// Packs an image of the busybox that is in `lab_root`; `root` is where it is put together.
+fn pack_busybox(lab_root: &Path, root: &Path, archive: &Path) -> Result<(), Error> {
     let io = |result: std::io::Result<()>| result.context(|| format!("make {}", root.display()));
     for directory in [
         "bin", "dev", "etc", "home", "proc", "root", "sys", "tmp", "usr", "var",
@@ -158,13 +173,11 @@ fn add_busybox_image(lab_root: &Path, root: &Path) -> Result<(), Error> {
             io(symlink("busybox", root.join("bin").join(applet)))?;
         }
     }
-    let images = lab_root.join("var/lib/bulkhead-images/boot");
-    io(fs::create_dir_all(&images))?;
     let config = ImageConfig {
         reference: "docker.io/library/busybox:latest",
         command: &["sh"],
     };
-    write_archive(root, &config, &images.join("busybox.tar"))?;
+    write_archive(root, &config, archive)?;
     remove(root)
 }
 

@@ -247,7 +247,7 @@ impl Lab {
         }
     }
 
-    /// Where its console log is; it stays when the lab has ended.
+    /// Where its console log is, while it runs.
     pub fn state(&self) -> &LabState {
         &self.state
     }
@@ -271,6 +271,8 @@ impl Drop for Lab {
             // A panic there was already printed.
             let _ = supervisor.join();
         }
+        // What is left of its state takes no name and is overwritten by a namesake.
+        let _ = remove_tree(self.state.directory());
     }
 }
 

@@ -30,9 +30,12 @@ mod tools;
 
 pub use cache::Cache;
 pub use client::{Client, Exec, ExecOutput, Input};
-pub use command::run_logged;
+pub use command::{run_logged, run_shown};
 pub use error::Error;
-pub use image::debian_dev_archive;
+pub use image::{busybox_archive, debian_dev_archive};
 pub use lab::{Lab, LabOptions, LabState, serve};
 pub use step::Step;
-pub use tools::install_host_packages;
+pub use tools::{
+    BUILD_LIMIT, TARGET, cargo, install_host_packages, static_build, static_dir, target_dir,
+    workspace,
+};

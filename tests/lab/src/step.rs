@@ -6,8 +6,6 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// One step of long work, announced when it starts and timed when it ends.
-///
-/// On a terminal the elapsed time runs; elsewhere one line is printed at each end.
 pub struct Step {
     name: String,
     started: Instant,
@@ -15,24 +13,32 @@ pub struct Step {
 }
 
 impl Step {
-    /// Announces a step.
+    /// Announces a silent step; on a terminal its elapsed time runs.
     pub fn start(name: impl Into<String>) -> Self {
         let name = name.into();
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new_spinner().with_message(name.clone());
-            if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} ({elapsed})") {
-                bar.set_style(style);
-            }
-            bar.enable_steady_tick(Duration::from_millis(200));
-            bar
-        });
-        if bar.is_none() {
-            eprintln!("==> {name}");
+        if !std::io::stderr().is_terminal() {
+            return Self::announce(name);
         }
+        let bar = ProgressBar::new_spinner().with_message(name.clone());
+        if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} ({elapsed})") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(200));
         Step {
             name,
             started: Instant::now(),
-            bar,
+            bar: Some(bar),
+        }
+    }
+
+    /// Announces a step that shows its own progress.
+    pub fn announce(name: impl Into<String>) -> Self {
+        let name = name.into();
+        eprintln!("==> {name}");
+        Step {
+            name,
+            started: Instant::now(),
+            bar: None,
         }
     }
 

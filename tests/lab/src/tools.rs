@@ -23,6 +23,12 @@ pub(crate) const LAB_HOST_PACKAGES: &[&str] = &[
 /// How long package downloads and installations may take.
 const APT_LIMIT: Duration = Duration::from_secs(20 * 60);
 
+/// How long one cargo build may take.
+pub const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
+
+/// The target of everything that is shipped.
+pub const TARGET: &str = "x86_64-unknown-linux-gnu";
+
 /// The keys that sign Debian 13, by which the keyring package is known to be new enough; Debian 12
 /// and 13 name their files differently.
 const TRIXIE_KEYS: [&str; 2] = [
@@ -101,30 +107,51 @@ pub(crate) fn qemu(cache: &Cache) -> Result<PathBuf, Error> {
 
 /// Builds the agent that runs in the lab; it must be static, for it runs before there is a root.
 pub(crate) fn lab_agent() -> Result<PathBuf, Error> {
-    const TARGET: &str = "x86_64-unknown-linux-gnu";
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let target_dir = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| workspace.join("target"), PathBuf::from)
-        .join("lab-agent");
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let step = Step::start("Building the lab's agent");
-    let mut command = Command::new(cargo);
-    command
-        .current_dir(&workspace)
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .args([
-            "build",
-            "--package",
-            "bulkhead-lab-agent",
-            "--target",
-            TARGET,
-        ])
-        // Debug information would only slow the boot; optimisation pays under emulation.
-        .args(["--config", "profile.dev.opt-level=2"])
-        .args(["--config", "profile.dev.strip=true"])
-        .arg("--target-dir")
-        .arg(&target_dir);
-    run_logged(&mut command, Duration::from_secs(20 * 60))?;
+    let mut command = cargo();
+    command.args([
+        "build",
+        "--package",
+        "bulkhead-lab-agent",
+        "--profile",
+        "lab",
+    ]);
+    run_logged(static_build(&mut command), BUILD_LIMIT)?;
     step.done();
-    Ok(target_dir.join(TARGET).join("debug/bulkhead-lab-agent"))
+    Ok(static_dir().join("lab/bulkhead-lab-agent"))
+}
+
+/// Cargo in the workspace.
+pub fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(workspace());
+    command
+}
+
+/// Makes a `cargo build` link statically, into a directory of its own: other flags for the same
+/// target directory would build everything anew each time. The target must be named, for build
+/// scripts and procedural macros cannot be static.
+pub fn static_build(command: &mut Command) -> &mut Command {
+    command
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .args(["--target", TARGET, "--target-dir"])
+        .arg(target_dir().join("static"))
+}
+
+/// Where static builds are, in a directory named after their profile.
+pub fn static_dir() -> PathBuf {
+    target_dir().join("static").join(TARGET)
+}
+
+/// Cargo's target directory.
+pub fn target_dir() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}
+
+/// The root of the sources.
+pub fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .ancestors()
+        .nth(2)
+        .map_or_else(|| PathBuf::from("/"), Path::to_path_buf)
 }

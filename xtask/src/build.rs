@@ -1,0 +1,75 @@
+//! `cargo xtask build`: everything that is shipped.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use bulkhead_lab::{
+    BUILD_LIMIT, Cache, Step, TARGET, cargo, install_host_packages, run_shown, static_build,
+    static_dir, target_dir,
+};
+use bulkhead_rootfs_builder::{INITRAMFS, VMLINUX, build_initramfs, write_manifest};
+
+/// What compiling Bulkhead needs of the machine; the kernel's build looks after its own needs.
+const BUILD_PACKAGES: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev"];
+
+/// Where the shipped files are after a build.
+pub struct Built {
+    /// The directory of the shim and the VMM.
+    pub programs: PathBuf,
+    /// The directory of the guest's kernel, initramfs and manifest.
+    pub guest: PathBuf,
+}
+
+/// Builds all programs, the guest's kernel and its initramfs.
+pub fn build() -> Result<Built> {
+    install_host_packages(BUILD_PACKAGES)?;
+
+    let step = Step::announce("Building the shim and the VMM");
+    let mut host = cargo();
+    host.args(["build", "--release", "--target", TARGET]).args([
+        "--package",
+        "bulkhead-shim",
+        "--package",
+        "bulkhead-vmm",
+    ]);
+    run_shown(&mut host, BUILD_LIMIT)?;
+    step.done();
+
+    let step = Step::announce("Building the guest's agent");
+    let mut agent = cargo();
+    agent.args(["build", "--release", "--package", "bulkhead-agent"]);
+    run_shown(static_build(&mut agent), BUILD_LIMIT)?;
+    step.done();
+
+    let step = Step::announce("Preparing the guest's kernel");
+    let cache = Cache::open()?;
+    let kernel = bulkhead_guest_kernel::build(cache.root(), &mut |line| eprintln!("    {line}"))?;
+    step.done();
+
+    let guest = target_dir().join("guest");
+    fs::create_dir_all(&guest).with_context(|| format!("create {}", guest.display()))?;
+    let vmlinux = guest.join(VMLINUX);
+    fs::copy(&kernel.vmlinux, &vmlinux)
+        .with_context(|| format!("copy {} to {}", kernel.vmlinux.display(), vmlinux.display()))?;
+    build_initramfs(
+        &static_dir().join("release/bulkhead-agent"),
+        &guest.join(INITRAMFS),
+    )?;
+    write_manifest(&guest, &kernel.release)?;
+    Ok(Built {
+        programs: target_dir().join(TARGET).join("release"),
+        guest,
+    })
+}
+
+/// Builds the end-to-end tests' program, which runs inside a lab.
+pub fn build_e2e() -> Result<PathBuf> {
+    let step = Step::announce("Building the end-to-end tests");
+    let mut e2e = cargo();
+    e2e.args(["build", "--profile", "lab", "--target", TARGET])
+        .args(["--package", "bulkhead-e2e"]);
+    run_shown(&mut e2e, BUILD_LIMIT)?;
+    step.done();
+    Ok(target_dir().join(TARGET).join("lab/bulkhead-e2e"))
+}

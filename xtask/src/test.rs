@@ -1,0 +1,100 @@
+//! `cargo xtask test`: everything that is checked before a change goes in.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bulkhead_lab::{
+    BUILD_LIMIT, Cache, Client, Lab, LabOptions, Step, cargo, debian_dev_archive, run_shown,
+    target_dir,
+};
+
+use crate::build;
+use crate::install;
+
+/// Where the end-to-end tests' program is in the lab.
+const E2E: &str = "/usr/local/bin/bulkhead-e2e";
+
+/// Where the end-to-end tests find the image with python3 and gcc.
+const DEBIAN_DEV: &str = "/var/lib/bulkhead-images/debian-dev.tar";
+
+/// How long all end-to-end tests may take.
+const E2E_LIMIT: Duration = Duration::from_secs(40 * 60);
+
+/// Runs all tests, or only the end-to-end tests whose names match `e2e`.
+pub fn run(e2e: Option<&str>) -> Result<i32> {
+    if e2e.is_none() {
+        check()?;
+    }
+    let built = build::build()?;
+    let program = build::build_e2e()?;
+    let debian_dev = debian_dev_archive(&Cache::open()?)?;
+    let lab = Lab::start(&LabOptions {
+        name: format!("test-{}", std::process::id()),
+        ..LabOptions::default()
+    })?;
+    let step = Step::start("Installing Bulkhead and its tests in the lab");
+    install::install_in_lab(&built, &lab)?;
+    lab.push(&program, E2E)?;
+    lab.push(&debian_dev, DEBIAN_DEV)?;
+    step.done();
+    let arguments = std::iter::once(E2E).chain(e2e);
+    let result = lab
+        .exec(arguments)
+        .limit(E2E_LIMIT)
+        .stream(&mut std::io::stdout(), &mut std::io::stderr());
+    if !matches!(result, Ok(0)) {
+        let kept = target_dir().join("failed-e2e");
+        match keep_logs(&lab, &kept) {
+            Ok(()) => eprintln!("The lab's logs are in {}", kept.display()),
+            Err(error) => eprintln!("The lab's logs could not all be kept: {error:#}"),
+        }
+    }
+    Ok(result?)
+}
+
+/// Format, lints and unit tests, with cargo-nextest where it is installed.
+fn check() -> Result<()> {
+    let step = Step::announce("Checking the format");
+    run_shown(cargo().args(["fmt", "--all", "--check"]), BUILD_LIMIT)?;
+    step.done();
+    let step = Step::announce("Checking the lints");
+    let lints = [
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "--deny",
+        "warnings",
+    ];
+    run_shown(cargo().args(lints), BUILD_LIMIT)?;
+    step.done();
+    let step = Step::announce("Running the unit tests");
+    let nextest = cargo().args(["nextest", "--version"]).output();
+    let runner: &[&str] = match nextest {
+        Ok(output) if output.status.success() => &["nextest", "run"],
+        _ => &["test"],
+    };
+    run_shown(cargo().args(runner).arg("--workspace"), BUILD_LIMIT)?;
+    step.done();
+    Ok(())
+}
+
+/// Saves what explains a failure: the lab's console, containerd's log, and the state of pods with
+/// their guests' consoles.
+fn keep_logs(lab: &Lab, to: &Path) -> Result<()> {
+    if to.exists() {
+        fs::remove_dir_all(to).with_context(|| format!("remove {}", to.display()))?;
+    }
+    fs::create_dir_all(to).with_context(|| format!("create {}", to.display()))?;
+    let console = lab.state().console();
+    fs::copy(&console, to.join("lab-console.log"))
+        .with_context(|| format!("copy {}", console.display()))?;
+    let client: &Client = lab;
+    client.pull("/var/log/containerd.log", &to.join("containerd.log"))?;
+    if client.exec(["test", "-d", "/run/bulkhead"]).run()?.status == 0 {
+        client.pull("/run/bulkhead", &to.join("pods"))?;
+    }
+    Ok(())
+}
