@@ -1,0 +1,328 @@
+//! One container: its cgroup, its own process and those that were exec'd into it.
+
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    path::{Component, Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bulkhead_agent_api::messages::{CreateContainerRequest, ExecRequest, StatsResponse, Stdio};
+use oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec};
+use tokio::{sync::Mutex as AsyncMutex, time::timeout};
+
+use crate::{
+    cgroup::Cgroup,
+    error::ServiceError,
+    process::{Process, StageChannel, launch},
+    reaper::Reaper,
+    serve::Guest,
+    spec::{self, SpecError},
+    stage::protocol::{CreateTask, Request, Task},
+};
+
+/// For the kernel to end every process of a container and take its cgroup away, and for the host
+/// to take the container's last writes.
+const REMOVE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Signals that do not end a process by default, signal(7).
+const HARMLESS: [i32; 4] = [libc::SIGCHLD, libc::SIGCONT, libc::SIGURG, libc::SIGWINCH];
+
+/// A container that has been created and not deleted.
+#[derive(Debug)]
+pub struct Container {
+    cgroup: Cgroup,
+    seccomp: Option<LinuxSeccomp>,
+    init: Arc<Process>,
+    /// Present until the container is started.
+    waiting: AsyncMutex<Option<StageChannel>>,
+    /// `None` while a process is being started.
+    execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
+}
+
+impl Container {
+    /// Sets a container up, to the point where its process waits for the start.
+    pub async fn create(
+        guest: &Guest,
+        reaper: &Reaper,
+        request: CreateContainerRequest,
+    ) -> Result<Self, ServiceError> {
+        let shared: HashSet<u32> = request
+            .shared_mounts
+            .iter()
+            .map(|share| share.index)
+            .collect();
+        let is_shared = |index| u32::try_from(index).is_ok_and(|index| shared.contains(&index));
+        let spec = spec::read_spec(&request.spec, is_shared)?;
+        let share = |name: &str| share_path(&guest.shared_dir, name);
+        let rootfs = share(&request.rootfs_share)?;
+        let mut binds = HashMap::new();
+        for mount in &request.shared_mounts {
+            let index = usize::try_from(mount.index).unwrap_or(usize::MAX);
+            binds.insert(index, share(&mount.share)?);
+        }
+        let process = spec.process().clone();
+        let process = process.ok_or(SpecError::Missing { field: "process" })?;
+        let linux = spec.linux().as_ref();
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        let seccomp = linux.and_then(|linux| linux.seccomp().clone());
+        let cgroup = Cgroup::create(&guest.cgroup_root, &request.container_id, resources)?;
+        let stdio = request.stdio.into_option().unwrap_or_default();
+        let stage_request = Request {
+            terminal: terminal_size(&process, &stdio)?,
+            process,
+            seccomp: seccomp.clone(),
+            task: Task::Create(Box::new(CreateTask {
+                id: request.container_id,
+                spec,
+                rootfs,
+                binds,
+            })),
+        };
+        let launched = async {
+            let fd = cgroup.open()?;
+            launch(guest, reaper, stage_request, fd, None, &stdio).await
+        };
+        match launched.await {
+            Ok((init, channel)) => Ok(Self {
+                cgroup,
+                seccomp,
+                init: Arc::new(init),
+                waiting: AsyncMutex::new(Some(channel)),
+                execs: Mutex::default(),
+            }),
+            Err(error) => {
+                // The first error is the one to tell.
+                let _ = timeout(REMOVE_DEADLINE, cgroup.remove()).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Starts the container's process.
+    pub async fn start(&self) -> Result<(), ServiceError> {
+        let mut waiting = self.waiting.lock().await;
+        if self.init.has_ended() {
+            return Err(ServiceError::WrongState {
+                what: "start the container",
+                state: "its process has ended",
+            });
+        }
+        match waiting.take() {
+            Some(channel) => channel.start().await,
+            None => Err(ServiceError::WrongState {
+                what: "start the container",
+                state: "it has been started",
+            }),
+        }
+    }
+
+    /// Starts another process.
+    pub async fn exec(
+        &self,
+        guest: &Guest,
+        reaper: &Reaper,
+        request: ExecRequest,
+    ) -> Result<(), ServiceError> {
+        if request.exec_id.is_empty() {
+            return Err(ServiceError::BadRequest {
+                what: "name of an exec",
+                value: request.exec_id,
+            });
+        }
+        let process = spec::read_process(&request.process)?;
+        if self.init.has_ended() {
+            return Err(ServiceError::WrongState {
+                what: "exec in the container",
+                state: "its process has ended",
+            });
+        }
+        let name = request.exec_id.clone();
+        if self.execs().contains_key(&name) {
+            return Err(ServiceError::ProcessExists {
+                container: request.container_id,
+                exec: name,
+            });
+        }
+        self.execs().insert(name.clone(), None);
+        let result = self.launch_exec(guest, reaper, process, request).await;
+        match result {
+            Ok(process) => {
+                self.execs().insert(name, Some(Arc::new(process)));
+                Ok(())
+            }
+            Err(error) => {
+                self.execs().remove(&name);
+                Err(error)
+            }
+        }
+    }
+
+    async fn launch_exec(
+        &self,
+        guest: &Guest,
+        reaper: &Reaper,
+        process: ProcessSpec,
+        request: ExecRequest,
+    ) -> Result<Process, ServiceError> {
+        let stdio = request.stdio.into_option().unwrap_or_default();
+        let stage_request = Request {
+            terminal: terminal_size(&process, &stdio)?,
+            process,
+            seccomp: self.seccomp.clone(),
+            task: Task::Join,
+        };
+        let cgroup = self.cgroup.open_of(&guest.cgroup_root, self.init.pid())?;
+        let init = self.init.pidfd();
+        let init = init.map_err(ServiceError::system("copy the container's pidfd"))?;
+        let launched = launch(guest, reaper, stage_request, cgroup, Some(init), &stdio);
+        Ok(launched.await?.0)
+    }
+
+    /// The container's own process, or an exec'd one.
+    pub fn process(&self, container: &str, exec: &str) -> Result<Arc<Process>, ServiceError> {
+        if exec.is_empty() {
+            return Ok(Arc::clone(&self.init));
+        }
+        let process = self.execs().get(exec).cloned().flatten();
+        process.ok_or_else(|| ServiceError::NoProcess {
+            container: container.to_owned(),
+            exec: exec.to_owned(),
+        })
+    }
+
+    /// Signals the container's own process.
+    pub async fn signal(&self, signal: u32) -> Result<(), ServiceError> {
+        // Before its execve the process is PID 1 of its namespace and deaf to all but SIGKILL.
+        let harmless = |signal: u32| HARMLESS.iter().any(|one| one.unsigned_abs() == signal);
+        if signal != 0 && self.waiting.lock().await.is_some() {
+            if harmless(signal) {
+                return Ok(());
+            }
+            return self.init.end_early(signal);
+        }
+        self.init.signal(signal)
+    }
+
+    /// Signals every process of the container.
+    pub fn signal_all(&self, signal: u32) -> Result<(), ServiceError> {
+        if signal == libc::SIGKILL.unsigned_abs() {
+            return Ok(self.cgroup.kill()?);
+        }
+        let number = i32::try_from(signal).ok();
+        for pid in self.cgroup.processes()? {
+            let Some(number) = number else { break };
+            // SAFETY: kill(2) takes two numbers. The pid was in the cgroup a moment ago.
+            let result = unsafe { libc::kill(pid, number) };
+            let error = io::Error::last_os_error();
+            if result < 0 && error.raw_os_error() != Some(libc::ESRCH) {
+                return Err(ServiceError::system(format!(
+                    "send signal {signal} to {pid}"
+                ))(error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets an exec'd process that has ended.
+    pub fn delete_exec(&self, container: &str, exec: &str) -> Result<(), ServiceError> {
+        if !self.process(container, exec)?.has_ended() {
+            return Err(ServiceError::WrongState {
+                what: "delete the process",
+                state: "it is running",
+            });
+        }
+        self.execs().remove(exec);
+        Ok(())
+    }
+
+    /// Takes down what the container has outside its processes. They end first if they have not.
+    pub async fn remove(&self, guest: &Guest) -> Result<(), ServiceError> {
+        if !self.init.has_ended() {
+            return Err(ServiceError::WrongState {
+                what: "delete the container",
+                state: "it is running",
+            });
+        }
+        let removed = timeout(REMOVE_DEADLINE, self.cgroup.remove()).await;
+        removed.map_err(|_| ServiceError::Deadline("the removal of the cgroup"))??;
+        flush(guest.shared_dir.clone()).await
+    }
+
+    /// Numbers of the container's cgroup.
+    pub fn stats(&self) -> Result<StatsResponse, ServiceError> {
+        Ok(self.cgroup.stats()?)
+    }
+
+    fn execs(&self) -> std::sync::MutexGuard<'_, HashMap<String, Option<Arc<Process>>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Gives the host what the container wrote to shared files and what is still in the guest's page
+/// cache: the host closes the shares after this.
+async fn flush(shared_dir: PathBuf) -> Result<(), ServiceError> {
+    // On a thread of its own, as it waits for the host.
+    let flush = tokio::task::spawn_blocking(move || {
+        let dir = std::fs::File::open(shared_dir)?;
+        Ok(rustix::fs::syncfs(dir)?)
+    });
+    match timeout(REMOVE_DEADLINE, flush).await {
+        Err(_) => Err(ServiceError::Deadline("writing back shared files")),
+        Ok(Err(gone)) => Err(ServiceError::system("write back shared files")(
+            io::Error::other(gone),
+        )),
+        Ok(Ok(result)) => {
+            result.map_err(ServiceError::system::<io::Error>("write back shared files"))
+        }
+    }
+}
+
+/// Where a share appears. Its name is one component of a path.
+fn share_path(shared_dir: &Path, name: &str) -> Result<PathBuf, ServiceError> {
+    let mut components = Path::new(name).components();
+    match (components.next(), components.next()) {
+        (Some(Component::Normal(only)), None) if only == name => Ok(shared_dir.join(name)),
+        _ => Err(ServiceError::BadRequest {
+            what: "name of a share",
+            value: name.to_owned(),
+        }),
+    }
+}
+
+/// Size of the terminal that the process is to have, if any: the client's, or the spec's.
+fn terminal_size(process: &ProcessSpec, stdio: &Stdio) -> Result<Option<(u16, u16)>, ServiceError> {
+    if process.terminal().unwrap_or(false) != stdio.terminal {
+        return Err(ServiceError::BadRequest {
+            what: "process.terminal, which the streams contradict",
+            value: process.terminal().unwrap_or(false).to_string(),
+        });
+    }
+    if !stdio.terminal {
+        return Ok(None);
+    }
+    let narrow = |size: u64| u16::try_from(size).unwrap_or(u16::MAX);
+    let given = (stdio.width, stdio.height) != (0, 0);
+    Ok(Some(match process.console_size() {
+        Some(size) if !given => (narrow(size.width()), narrow(size.height())),
+        _ => (narrow(stdio.width.into()), narrow(stdio.height.into())),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_found_below_their_directory_only() {
+        let dir = Path::new("/shared");
+        assert_eq!(
+            share_path(dir, "root-1").ok(),
+            Some(PathBuf::from("/shared/root-1"))
+        );
+        for name in ["", ".", "..", "a/b", "/etc", "a/", "../x"] {
+            assert!(share_path(dir, name).is_err(), "{name:?}");
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! The calls of the host.
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use async_trait::async_trait;
+use bulkhead_agent_api::{
+    messages::{
+        ContainerRequest, CreateContainerRequest, Empty, ExecRequest, InfoRequest, InfoResponse,
+        ProcessRequest, ResizePtyRequest, SignalRequest, StatsResponse, WaitResponse,
+    },
+    service::Agent,
+};
+use ttrpc::asynchronous::TtrpcContext;
+
+use crate::{boot, container::Container, error::ServiceError, reaper::Reaper, serve::Guest};
+
+/// Longest name of a container: with the prefix of its cgroup it must fit into a file name.
+const ID_MAX: usize = 200;
+
+/// The service, shared by all calls.
+pub struct Service(Arc<State>);
+
+struct State {
+    guest: Guest,
+    reaper: Arc<Reaper>,
+    /// `None` while a container is being created.
+    containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+}
+
+impl Service {
+    /// A service without containers.
+    pub fn new(guest: Guest, reaper: Arc<Reaper>) -> Self {
+        Self(Arc::new(State {
+            guest,
+            reaper,
+            containers: Mutex::default(),
+        }))
+    }
+
+    /// Runs a call to its end even if the host stops waiting for it, so that no set-up is left
+    /// half done.
+    async fn finish<T: Send + 'static>(
+        &self,
+        call: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
+    ) -> ttrpc::Result<T> {
+        match tokio::spawn(call).await {
+            Ok(result) => Ok(result?),
+            Err(error) => Err(ttrpc::Error::Others(error.to_string())),
+        }
+    }
+}
+
+impl State {
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
+        let container = self.containers().get(id).cloned().flatten();
+        container.ok_or_else(|| ServiceError::NoContainer(id.to_owned()))
+    }
+
+    async fn create(&self, request: CreateContainerRequest) -> Result<(), ServiceError> {
+        let id = request.container_id.clone();
+        if id.is_empty() || id.len() > ID_MAX || id.contains(['/', '\0']) {
+            return Err(ServiceError::BadRequest {
+                what: "name of a container",
+                value: id,
+            });
+        }
+        if self.containers().contains_key(&id) {
+            return Err(ServiceError::ContainerExists(id));
+        }
+        self.containers().insert(id.clone(), None);
+        match Container::create(&self.guest, &self.reaper, request).await {
+            Ok(container) => {
+                self.containers().insert(id, Some(Arc::new(container)));
+                Ok(())
+            }
+            Err(error) => {
+                self.containers().remove(&id);
+                Err(error)
+            }
+        }
+    }
+
+    async fn delete(&self, request: ProcessRequest) -> Result<(), ServiceError> {
+        let container = self.container(&request.container_id)?;
+        if !request.exec_id.is_empty() {
+            return container.delete_exec(&request.container_id, &request.exec_id);
+        }
+        container.remove(&self.guest).await?;
+        self.containers().remove(&request.container_id);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn info(&self, _: &TtrpcContext, _: InfoRequest) -> ttrpc::Result<InfoResponse> {
+        Ok(InfoResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_ns: self.0.guest.started_ns,
+            ready_ns: self.0.guest.ready_ns,
+            kernel_release: boot::kernel_release(),
+            ..InfoResponse::default()
+        })
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let state = Arc::clone(&self.0);
+        self.finish(async move { state.create(request).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        self.finish(async move { container.start().await }).await?;
+        Ok(Empty::default())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        let state = Arc::clone(&self.0);
+        self.finish(async move { container.exec(&state.guest, &state.reaper, request).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
+        let container = self.0.container(&request.container_id)?;
+        let process = container.process(&request.container_id, &request.exec_id)?;
+        let exit = process.wait().await;
+        Ok(WaitResponse {
+            status: exit.status,
+            exited_at_ns: exit.at_ns,
+            ..WaitResponse::default()
+        })
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        match (request.exec_id.is_empty(), request.all) {
+            (true, true) => container.signal_all(request.signal)?,
+            (true, false) => container.signal(request.signal).await?,
+            (false, false) => container
+                .process(&request.container_id, &request.exec_id)?
+                .signal(request.signal)?,
+            (false, true) => {
+                return Err(ttrpc::Error::from(ServiceError::BadRequest {
+                    what: "signal to all processes of an exec",
+                    value: request.exec_id,
+                }));
+            }
+        }
+        Ok(Empty::default())
+    }
+
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        request: ResizePtyRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        let process = container.process(&request.container_id, &request.exec_id)?;
+        let narrow = |size: u32| u16::try_from(size).unwrap_or(u16::MAX);
+        process.resize(narrow(request.width), narrow(request.height))?;
+        Ok(Empty::default())
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<Empty> {
+        let state = Arc::clone(&self.0);
+        self.finish(async move { state.delete(request).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<StatsResponse> {
+        Ok(self.0.container(&request.container_id)?.stats()?)
+    }
+}

@@ -1,0 +1,145 @@
+//! Nodes and links in a container's `/dev`.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::{LinuxDevice, Spec};
+use rustix::{
+    fs::{
+        AtFlags, FileType, Gid, Mode, Uid, chownat, fstat, major, makedev, minor, mknodat,
+        symlinkat, unlinkat,
+    },
+    io::Errno,
+};
+
+use super::{StageError, root::Root};
+
+/// The devices that every container has: name, major, minor.
+const DEFAULT: [(&str, u32, u32); 6] = [
+    ("/dev/null", 1, 3),
+    ("/dev/zero", 1, 5),
+    ("/dev/full", 1, 7),
+    ("/dev/random", 1, 8),
+    ("/dev/urandom", 1, 9),
+    ("/dev/tty", 5, 0),
+];
+
+/// The links that every container has.
+const LINKS: [(&str, &str); 5] = [
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+    ("pts/ptmx", "/dev/ptmx"),
+];
+
+/// A node to make.
+struct Node {
+    path: PathBuf,
+    kind: FileType,
+    permissions: u32,
+    device: u64,
+    owner: (u32, u32),
+}
+
+/// Makes the default devices, those of the spec, and the links.
+pub fn populate(root: &Root, spec: &Spec) -> Result<(), StageError> {
+    // Modes are meant as they are written.
+    let umask = rustix::process::umask(Mode::empty());
+    let devices = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.devices().as_deref());
+    let devices = devices.unwrap_or_default();
+    let named = |path: &str| {
+        devices
+            .iter()
+            .any(|device| device.path() == Path::new(path))
+    };
+    for (path, major, minor) in DEFAULT {
+        if !named(path) {
+            let node = Node {
+                path: PathBuf::from(path),
+                kind: FileType::CharacterDevice,
+                permissions: 0o666,
+                device: makedev(major, minor),
+                owner: (0, 0),
+            };
+            make(root, &node)?;
+        }
+    }
+    for device in devices {
+        make(root, &node_of(device)?)?;
+    }
+    for (target, path) in LINKS {
+        link(root, target, Path::new(path))
+            .map_err(StageError::system(format!("link {path} to {target}")))?;
+    }
+    rustix::process::umask(umask);
+    Ok(())
+}
+
+fn node_of(device: &LinuxDevice) -> Result<Node, StageError> {
+    let path = device.path();
+    let invalid = |what: &str| StageError::Invalid(format!("device {}: {what}", path.display()));
+    let kind = crate::spec::device_type(device.typ()).ok_or_else(|| invalid("no type"))?;
+    let number = |number: i64, what| u32::try_from(number).map_err(|_| invalid(what));
+    Ok(Node {
+        path: path.clone(),
+        kind: FileType::from_raw_mode(kind.bits()),
+        permissions: device.file_mode().unwrap_or(0o666) & 0o7777,
+        device: match kind {
+            nix::sys::stat::SFlag::S_IFIFO => 0,
+            _ => makedev(
+                number(device.major(), "bad major number")?,
+                number(device.minor(), "bad minor number")?,
+            ),
+        },
+        owner: (device.uid().unwrap_or(0), device.gid().unwrap_or(0)),
+    })
+}
+
+fn make(root: &Root, node: &Node) -> Result<(), StageError> {
+    let make = || -> io::Result<()> {
+        let (parent, name) = root.parent(&node.path)?;
+        let mode = Mode::from_raw_mode(node.permissions);
+        match mknodat(&parent, &name, node.kind, mode, node.device) {
+            // What the image or another mount brings stays.
+            Err(Errno::EXIST) => return Ok(()),
+            result => result?,
+        }
+        let (uid, gid) = node.owner;
+        let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+        Ok(chownat(
+            &parent,
+            &name,
+            uid,
+            gid,
+            AtFlags::SYMLINK_NOFOLLOW,
+        )?)
+    };
+    make().map_err(StageError::system(format!("make {}", node.path.display())))
+}
+
+fn link(root: &Root, target: &str, path: &Path) -> io::Result<()> {
+    let (parent, name) = root.parent(path)?;
+    match symlinkat(target, &parent, &name) {
+        // An image's own ptmx node would lead to the guest's terminals.
+        Err(Errno::EXIST) if path.ends_with("ptmx") => {
+            unlinkat(&parent, &name, AtFlags::empty())?;
+            Ok(symlinkat(target, &parent, &name)?)
+        }
+        Err(Errno::EXIST) => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+/// Whether a handle is of the null device.
+pub fn is_null(handle: &OwnedFd) -> io::Result<bool> {
+    let stat = fstat(handle)?;
+    Ok(FileType::from_raw_mode(stat.st_mode).is_char_device()
+        && (major(stat.st_rdev), minor(stat.st_rdev)) == (1, 3))
+}

@@ -1,0 +1,227 @@
+//! The stage: a freshly exec'd, single-threaded process that makes one process of a container.
+//!
+//! The stage itself only makes the process and reports its pid. Everything else happens in the
+//! new process, which belongs to PID 1 (`CLONE_PARENT`) and ends in the container's execve.
+
+mod console;
+mod credentials;
+mod devices;
+mod exec;
+pub mod mounts;
+mod namespaces;
+pub mod protocol;
+mod root;
+mod rootfs;
+mod seccomp;
+mod settings;
+
+use std::{
+    io,
+    os::fd::{AsFd, FromRawFd, OwnedFd},
+    process::ExitCode,
+};
+
+use oci_spec::runtime::{LinuxNamespaceType, Process};
+use rustix::{
+    fs::{Mode, OFlags},
+    process::DumpableBehavior,
+};
+use thiserror::Error;
+
+use self::{
+    exec::{ExecError, Program},
+    namespaces::Cloned,
+    protocol::{Channel, CreateTask, FailureKind, Reply, Request, RequestFds, Task},
+};
+use crate::log;
+
+/// Argument that makes this binary a stage.
+pub const ARGUMENT: &str = "stage";
+
+/// Lowest descriptor for the stage's own use, so that 0 to 2 stay for the process's streams.
+const FIRST_OWN_FD: i32 = 3;
+
+/// A step of the set-up that failed.
+#[derive(Debug, Error)]
+pub enum StageError {
+    /// A system call.
+    #[error("failed to {what}")]
+    System {
+        /// What was tried on what.
+        what: String,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The command cannot be run; worded as users and scripts know it.
+    #[error(transparent)]
+    Exec(#[from] ExecError),
+    /// The spec asks for something that the kernel or the image cannot give.
+    #[error("{0}")]
+    Invalid(String),
+    /// The seccomp filter cannot be built.
+    #[error("failed to build the seccomp filter: {what}")]
+    Seccomp {
+        /// Which part of it.
+        what: String,
+        /// libseccomp's answer.
+        #[source]
+        source: libseccomp::error::SeccompError,
+    },
+}
+
+impl StageError {
+    /// For `map_err`: a failed system call, and what was tried.
+    fn system<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
+        let what = what.into();
+        move |source| Self::System {
+            what,
+            source: source.into(),
+        }
+    }
+
+    fn kind(&self) -> FailureKind {
+        match self {
+            Self::System { .. } => FailureKind::Internal,
+            Self::Exec(_) | Self::Invalid(_) | Self::Seccomp { .. } => FailureKind::Invalid,
+        }
+    }
+}
+
+/// The whole life of a stage: serves the one request that waits on stdin.
+pub fn main() -> ExitCode {
+    // SAFETY: the agent starts a stage with the channel as descriptor 0, and nothing else in
+    // this process owns that descriptor.
+    let inherited = unsafe { OwnedFd::from_raw_fd(0) };
+    // Processes of the container must neither trace this one nor open its files in /proc.
+    let hidden = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    // Keeps 0 occupied until the process's own stdin takes its place.
+    let channel = rustix::io::fcntl_dupfd_cloexec(&inherited, FIRST_OWN_FD);
+    std::mem::forget(inherited);
+    let (Ok(channel), Ok(())) = (channel, hidden) else {
+        return ExitCode::FAILURE;
+    };
+    let channel = Channel::new(channel);
+    match serve(&channel) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = channel.fail(error.kind(), log::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(channel: &Channel) -> Result<(), StageError> {
+    let (request, fds) = channel
+        .receive_request()
+        .map_err(StageError::system("receive the request"))?;
+    // Inherited by the new process. Here, because this /proc is the agent's; a container's may be
+    // anything.
+    settings::oom_score_adj(&request.process)?;
+    let flags = match (&request.task, &fds.init) {
+        (Task::Create(create), _) => namespaces::to_create(&create.spec),
+        (Task::Join, Some(init)) => {
+            namespaces::join(init.as_fd())?;
+            0
+        }
+        (Task::Join, None) => return Err(StageError::Invalid("no container to join".into())),
+    };
+    match namespaces::spawn(flags, fds.cgroup.as_fd())? {
+        Cloned::Parent { pid, pidfd } => channel
+            .reply(&Reply::Spawned { pid }, Some(pidfd.as_fd()))
+            .map_err(StageError::system("report the new process")),
+        Cloned::Child => run(channel, request, fds),
+    }
+}
+
+/// The new process, up to its execve.
+fn run(channel: &Channel, request: Request, fds: RequestFds) -> Result<(), StageError> {
+    let Request {
+        task,
+        process,
+        seccomp,
+        terminal,
+    } = request;
+    drop(fds.cgroup);
+    drop(fds.init);
+    rustix::process::setsid().map_err(StageError::system("start a session"))?;
+    settings::join_session_keyring()?;
+    if let Task::Create(create) = &task {
+        new_container(create)?;
+    }
+    match (terminal, fds.stdio) {
+        (Some(size), _) => {
+            let bind_console = matches!(task, Task::Create(_));
+            let master = console::open(size, bind_console, process.user().uid())?;
+            channel
+                .reply(&Reply::Terminal, Some(master.as_fd()))
+                .map_err(StageError::system("hand over the terminal"))?;
+        }
+        (None, Some(stdio)) => settings::stdio(stdio, process.user().uid())?,
+        (None, None) => return Err(StageError::Invalid("no streams".into())),
+    }
+    if let Task::Create(create) = &task {
+        rootfs::finish(create)?;
+    }
+    become_process(
+        channel,
+        &process,
+        seccomp.as_ref(),
+        matches!(task, Task::Create(_)),
+    )
+}
+
+/// Everything that a container has besides its process.
+fn new_container(create: &CreateTask) -> Result<(), StageError> {
+    if namespaces::has(&create.spec, LinuxNamespaceType::Cgroup) {
+        namespaces::unshare_cgroup()?;
+    }
+    settings::loopback_up()?;
+    settings::names(&create.spec)?;
+    settings::sysctls(&create.spec)?;
+    rootfs::enter(create)
+}
+
+/// Limits, identity, privileges, command: the last steps, in the order that each needs the
+/// privileges which the next takes away.
+fn become_process(
+    channel: &Channel,
+    process: &Process,
+    seccomp: Option<&oci_spec::runtime::LinuxSeccomp>,
+    wait_for_start: bool,
+) -> Result<(), StageError> {
+    let filter = seccomp.map(seccomp::Filter::compile).transpose()?;
+    settings::rlimits(process)?;
+    let entered = exec::change_directory(process);
+    let capabilities = credentials::Capabilities::of(process)?;
+    credentials::become_user(process, &capabilities)?;
+    // A directory that only the user may enter, or only root.
+    entered.or_else(|_| exec::change_directory(process))?;
+    // As the user, who may see other files than root does.
+    let program = Program::find(process)?;
+    capabilities.raise_permitted()?;
+    settings::no_new_privileges(process)?;
+    settings::default_signals()?;
+    if wait_for_start {
+        channel
+            .reply(&Reply::Ready, None)
+            .map_err(StageError::system("report the container"))?;
+        let started = channel.wait_for_start();
+        if !started.map_err(StageError::system("wait for the start"))? {
+            return Err(StageError::Invalid("the agent went away".into()));
+        }
+    }
+    settings::close_on_exec()?;
+    // Last: from here on only system calls that the filter itself must allow for an execve.
+    if let Some(filter) = filter {
+        filter.install()?;
+    }
+    capabilities.apply()?;
+    Err(program.execute().into())
+}
+
+/// Opens something of the guest itself, before the container's root is entered.
+fn open_guest(path: &str, flags: OFlags) -> Result<OwnedFd, StageError> {
+    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
+        .map_err(StageError::system(format!("open {path}")))
+}

@@ -1,0 +1,159 @@
+//! Single settings of a process and of its namespaces.
+
+use std::{fs, io, os::fd::OwnedFd};
+
+use nix::sys::{
+    resource::{Resource, setrlimit},
+    signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
+};
+use oci_spec::runtime::{PosixRlimitType, Process, Spec};
+
+use super::{FIRST_OWN_FD, StageError};
+
+/// `KEYCTL_JOIN_SESSION_KEYRING`, keyctl(2).
+const JOIN_SESSION_KEYRING: libc::c_int = 1;
+
+/// An empty session keyring, so that the agent's keys are not the container's.
+pub fn join_session_keyring() -> Result<(), StageError> {
+    let anonymous: *const libc::c_char = std::ptr::null();
+    // SAFETY: a null name asks for a new anonymous keyring; nothing is read through it.
+    let joined = unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, anonymous) };
+    let error = io::Error::last_os_error();
+    // A kernel without keys has none to keep apart.
+    if joined < 0 && error.raw_os_error() != Some(libc::ENOSYS) {
+        return Err(StageError::system("join a new session keyring")(error));
+    }
+    Ok(())
+}
+
+/// Brings the loopback device of the (new) network namespace up.
+pub fn loopback_up() -> Result<(), StageError> {
+    crate::boot::loopback_up().map_err(StageError::system("bring lo up"))
+}
+
+/// Host and domain name.
+pub fn names(spec: &Spec) -> Result<(), StageError> {
+    if let Some(name) = spec.hostname().as_ref().filter(|name| !name.is_empty()) {
+        rustix::system::sethostname(name.as_bytes())
+            .map_err(StageError::system(format!("set the host name {name:?}")))?;
+    }
+    if let Some(name) = spec.domainname().as_ref().filter(|name| !name.is_empty()) {
+        rustix::system::setdomainname(name.as_bytes())
+            .map_err(StageError::system(format!("set the domain name {name:?}")))?;
+    }
+    Ok(())
+}
+
+/// sysctls of the new namespaces, through the guest's own /proc: they belong to whoever writes.
+pub fn sysctls(spec: &Spec) -> Result<(), StageError> {
+    let sysctls = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.sysctl().as_ref());
+    for (name, value) in sysctls.into_iter().flatten() {
+        // With a slash in it the name is a path already, in which dots are dots.
+        let path = if name.contains('/') {
+            name.clone()
+        } else {
+            name.replace('.', "/")
+        };
+        fs::write(format!("/proc/sys/{path}"), value).map_err(StageError::system(format!(
+            "set sysctl {name} to {value:?}"
+        )))?;
+    }
+    Ok(())
+}
+
+/// How soon the kernel kills the process for its memory.
+pub fn oom_score_adj(process: &Process) -> Result<(), StageError> {
+    match process.oom_score_adj() {
+        Some(score) => fs::write("/proc/self/oom_score_adj", score.to_string())
+            .map_err(StageError::system(format!("set oom_score_adj to {score}"))),
+        None => Ok(()),
+    }
+}
+
+/// Makes the pipes that the agent sent the process's streams.
+pub fn stdio(streams: [OwnedFd; 3], uid: u32) -> Result<(), StageError> {
+    for stream in &streams {
+        // So that the process may open /dev/stdout and the like again.
+        let keep_group: Option<rustix::fs::Gid> = None;
+        let kind = rustix::fs::fstat(stream).map(|stat| stat.st_mode);
+        let kind = kind.map(rustix::fs::FileType::from_raw_mode);
+        if kind.is_ok_and(rustix::fs::FileType::is_fifo) {
+            rustix::fs::fchown(stream, Some(rustix::fs::Uid::from_raw(uid)), keep_group)
+                .map_err(StageError::system("give a stream to the user"))?;
+        }
+    }
+    let [input, output, error] = streams;
+    rustix::stdio::dup2_stdin(input).map_err(StageError::system("connect stdin"))?;
+    rustix::stdio::dup2_stdout(output).map_err(StageError::system("connect stdout"))?;
+    rustix::stdio::dup2_stderr(error).map_err(StageError::system("connect stderr"))
+}
+
+/// Resource limits.
+pub fn rlimits(process: &Process) -> Result<(), StageError> {
+    for limit in process.rlimits().iter().flatten() {
+        setrlimit(resource(limit.typ()), limit.soft(), limit.hard())
+            .map_err(StageError::system(format!("set {:?}", limit.typ())))?;
+    }
+    Ok(())
+}
+
+fn resource(kind: PosixRlimitType) -> Resource {
+    match kind {
+        PosixRlimitType::RlimitCpu => Resource::RLIMIT_CPU,
+        PosixRlimitType::RlimitFsize => Resource::RLIMIT_FSIZE,
+        PosixRlimitType::RlimitData => Resource::RLIMIT_DATA,
+        PosixRlimitType::RlimitStack => Resource::RLIMIT_STACK,
+        PosixRlimitType::RlimitCore => Resource::RLIMIT_CORE,
+        PosixRlimitType::RlimitRss => Resource::RLIMIT_RSS,
+        PosixRlimitType::RlimitNproc => Resource::RLIMIT_NPROC,
+        PosixRlimitType::RlimitNofile => Resource::RLIMIT_NOFILE,
+        PosixRlimitType::RlimitMemlock => Resource::RLIMIT_MEMLOCK,
+        PosixRlimitType::RlimitAs => Resource::RLIMIT_AS,
+        PosixRlimitType::RlimitLocks => Resource::RLIMIT_LOCKS,
+        PosixRlimitType::RlimitSigpending => Resource::RLIMIT_SIGPENDING,
+        PosixRlimitType::RlimitMsgqueue => Resource::RLIMIT_MSGQUEUE,
+        PosixRlimitType::RlimitNice => Resource::RLIMIT_NICE,
+        PosixRlimitType::RlimitRtprio => Resource::RLIMIT_RTPRIO,
+        PosixRlimitType::RlimitRttime => Resource::RLIMIT_RTTIME,
+    }
+}
+
+/// The process and its children can no longer gain privileges by an execve.
+pub fn no_new_privileges(process: &Process) -> Result<(), StageError> {
+    if process.no_new_privileges() == Some(true) {
+        nix::sys::prctl::set_no_new_privs().map_err(StageError::system("set no_new_privs"))?;
+    }
+    Ok(())
+}
+
+/// Rust programs ignore SIGPIPE, and an ignored signal stays ignored over an execve.
+pub fn default_signals() -> Result<(), StageError> {
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    // SAFETY: the default action replaces a handler; no code of ours runs in it.
+    unsafe { sigaction(Signal::SIGPIPE, &default) }.map_err(StageError::system("reset SIGPIPE"))?;
+    SigSet::empty()
+        .thread_set_mask()
+        .map_err(StageError::system("unblock all signals"))
+}
+
+/// Lets no descriptor but the three streams into the process.
+pub fn close_on_exec() -> Result<(), StageError> {
+    // SAFETY: only sets a flag on descriptors, closing none.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            FIRST_OWN_FD,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    if result < 0 {
+        return Err(StageError::system("mark all descriptors close-on-exec")(
+            io::Error::last_os_error(),
+        ));
+    }
+    Ok(())
+}
