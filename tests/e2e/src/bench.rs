@@ -1,0 +1,234 @@
+//! Measurements. Run in the metered lab, where the clock counts instructions, they are the same on
+//! every machine.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use comfy_table::{CellAlignment, Table, presets};
+use serde_json::{Map, Value, json};
+
+use crate::ctr::{BULKHEAD, RUNC, Run};
+use crate::host::{self, Pod};
+
+/// What to measure.
+#[derive(Debug, clap::Subcommand)]
+pub enum Bench {
+    /// The start of a container, under runc and under Bulkhead.
+    Start {
+        /// How many starts each median is of.
+        #[arg(long, default_value_t = 7)]
+        runs: usize,
+    },
+}
+
+/// Measures, prints a table, and as the last line everything as JSON.
+pub fn run(bench: &Bench) -> Result<()> {
+    let Bench::Start { runs } = *bench;
+    ensure!(runs > 0, "a median needs at least one run");
+    let runc = starts(RUNC, runs)?;
+    let bulkhead = starts(BULKHEAD, runs)?;
+    let idle = (0..runs).map(|_| idle()).collect::<Result<Vec<_>>>()?;
+
+    let (runc_median, bulkhead_median) = (median(&runc), median(&bulkhead));
+    let mut table = table(&["ctr run --rm … true", "median"]);
+    table.add_row(["under runc", &milliseconds(runc_median)]);
+    table.add_row(["under Bulkhead", &milliseconds(bulkhead_median)]);
+    table.add_row(["ratio", &format!("{:.2}", bulkhead_median / runc_median)]);
+    println!("{}", aligned(table));
+    let phases = print_phases(&idle)?;
+    let memory = print_memory(&idle);
+    println!(
+        "{}",
+        json!({
+            "runc_ms": runc,
+            "bulkhead_ms": bulkhead,
+            "ratio": bulkhead_median / runc_median,
+            "phases_ms": phases,
+            "vm_exits": idle.iter().map(|pod| pod.exits).collect::<Vec<_>>(),
+            "memory_kib": memory,
+        })
+    );
+    Ok(())
+}
+
+/// Durations of whole starts by `CLOCK_MONOTONIC`, in milliseconds, after one that is not counted.
+fn starts(runtime: &str, runs: usize) -> Result<Vec<f64>> {
+    let once = || -> Result<f64> {
+        let done = Run::new(runtime).run(&["true"])?.exits_with(0)?;
+        Ok(done.took().as_secs_f64() * 1e3)
+    };
+    once()?;
+    (0..runs).map(|_| once()).collect()
+}
+
+/// What the start of one idle container has written down, and what it takes.
+struct Idle {
+    /// Phases in their order, `CLOCK_MONOTONIC` in nanoseconds.
+    phases: Vec<(String, u64)>,
+    exits: u64,
+    /// Proportional share of memory in KiB, by process name.
+    memory: BTreeMap<String, u64>,
+}
+
+fn idle() -> Result<Idle> {
+    let container = Run::new(BULKHEAD).detach(&["sleep", "1000"])?;
+    let path = PathBuf::from(format!(
+        "/run/bulkhead/default/{}/timeline.json",
+        container.id()
+    ));
+    let timeline: Value = serde_json::from_str(&host::read(&path)?)
+        .with_context(|| format!("{} is no JSON", path.display()))?;
+    let phases = timeline["phases"]
+        .as_array()
+        .context("the timeline has no phases")?;
+    let phases = phases
+        .iter()
+        .map(|entry| {
+            let phase = entry["phase"].as_str().context("a phase without name")?;
+            let at = entry["at_ns"].as_u64().context("a phase without time")?;
+            Ok((phase.to_owned(), at))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let pod = Pod::of(container.id())?;
+    let mut memory = BTreeMap::new();
+    for process in pod.children.iter().chain([&pod.shim]) {
+        *memory.entry(process.name.clone()).or_default() += host::pss_kib(process.pid)?;
+    }
+    Ok(Idle {
+        phases,
+        exits: timeline["vm_exits"]
+            .as_u64()
+            .context("the timeline has no vm_exits")?,
+        memory,
+    })
+}
+
+/// Prints when each phase was reached; returns all values by phase.
+fn print_phases(idle: &[Idle]) -> Result<Map<String, Value>> {
+    let first = idle.first().context("no run")?;
+    let mut table = table(&["phase", "reached after", "took"]);
+    let mut all = Map::new();
+    let mut before = 0.0;
+    for (index, (phase, _)) in first.phases.iter().enumerate() {
+        let values = idle
+            .iter()
+            .map(|pod| since_start(pod, phase))
+            .collect::<Result<Vec<_>>>()?;
+        let reached = median(&values);
+        let took = if index == 0 {
+            String::new()
+        } else {
+            milliseconds(reached - before)
+        };
+        table.add_row([phase, &milliseconds(reached), &took]);
+        before = reached;
+        all.insert(phase.clone(), json!(values));
+    }
+    println!("{}", aligned(table));
+    let guest = idle
+        .iter()
+        .map(|pod| Ok(since_start(pod, "agent_ready")? - since_start(pod, "kernel_entered")?))
+        .collect::<Result<Vec<_>>>()?;
+    println!(
+        "from kernel entry to agent-ready: {}",
+        milliseconds(median(&guest))
+    );
+    let exits: Vec<f64> = idle.iter().map(|pod| count(pod.exits)).collect();
+    println!("VM exits to agent-ready: {:.0}\n", median(&exits));
+    all.insert("kernel_entered to agent_ready".into(), json!(guest));
+    Ok(all)
+}
+
+fn since_start(pod: &Idle, phase: &str) -> Result<f64> {
+    let at = |wanted: &str| {
+        let found = pod.phases.iter().find(|(phase, _)| phase == wanted);
+        found
+            .map(|(_, at)| *at)
+            .with_context(|| format!("the timeline lacks {wanted}"))
+    };
+    let (start, _) = pod.phases.first().context("the timeline is empty")?;
+    let elapsed = at(phase)?
+        .checked_sub(at(start)?)
+        .context("the timeline goes back")?;
+    Ok(count(elapsed) / 1e6)
+}
+
+/// Prints what an idle container takes, by process; returns all values.
+fn print_memory(idle: &[Idle]) -> Map<String, Value> {
+    let mut table = table(&["memory of an idle container (PSS)", "median"]);
+    let mut all = Map::new();
+    let names: std::collections::BTreeSet<_> =
+        idle.iter().flat_map(|pod| pod.memory.keys()).collect();
+    let mut row = |name: &str, values: Vec<u64>| {
+        let counts: Vec<f64> = values.iter().copied().map(count).collect();
+        table.add_row([name, &format!("{:.1} MiB", median(&counts) / 1024.0)]);
+        all.insert(name.to_owned(), json!(values));
+    };
+    for name in names {
+        row(
+            name,
+            idle.iter()
+                .map(|pod| pod.memory.get(name).copied().unwrap_or(0))
+                .collect(),
+        );
+    }
+    row(
+        "all",
+        idle.iter().map(|pod| pod.memory.values().sum()).collect(),
+    );
+    println!("{}", aligned(table));
+    all
+}
+
+/// A count as a number to compute with.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "nanoseconds and counts are far below 2^53"
+)]
+fn count(value: u64) -> f64 {
+    value as f64
+}
+
+/// The middle value, or the mean of the two middle ones.
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 {
+        sorted[middle]
+    } else {
+        f64::midpoint(sorted[middle - 1], sorted[middle])
+    }
+}
+
+fn milliseconds(value: f64) -> String {
+    format!("{value:.1} ms")
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_preset(presets::UTF8_BORDERS_ONLY)
+        .set_header(header);
+    table
+}
+
+/// Numbers to the right.
+fn aligned(mut table: Table) -> Table {
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_median_is_the_middle() {
+        assert!((median(&[3.0, 1.0, 2.0]) - 2.0).abs() < 1e-9);
+        assert!((median(&[4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < 1e-9);
+    }
+}

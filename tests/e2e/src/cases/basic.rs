@@ -1,0 +1,191 @@
+//! A container runs, in a virtual machine of its own, and its exit code arrives.
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Case, Setting, bulkhead, case};
+use crate::host::{self, Pod};
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        bulkhead("a container has a kernel of its own", own_kernel),
+        case("a container prints and succeeds", prints),
+        bulkhead(
+            "no process of a container runs on the host",
+            no_process_on_the_host,
+        ),
+        case("exit codes arrive", exit_codes),
+        case("an end by a signal is 128 plus its number", signals),
+        case("a missing command is named at once", missing_command),
+        case(
+            "a container over its memory limit is killed",
+            over_memory_limit,
+        ),
+        bulkhead(
+            "ten containers run at once, each in a virtual machine of its own",
+            ten_at_once,
+        ),
+    ]
+}
+
+fn own_kernel(setting: &Setting) -> Result<()> {
+    let guest = setting.container().run(&["uname", "-r"])?.succeeds()?;
+    let host = rustix::system::uname();
+    let host = host.release().to_string_lossy();
+    ensure!(guest.trim_end() != host, "both run {host}");
+    ensure!(
+        guest.trim_end().ends_with("-bulkhead"),
+        "the guest runs {guest}"
+    );
+    Ok(())
+}
+
+fn prints(setting: &Setting) -> Result<()> {
+    let done = setting.container().run(&["echo", "hello"])?.exits_with(0)?;
+    ensure!(
+        done.stdout == b"hello\n" && done.stderr.is_empty(),
+        "{done}"
+    );
+    Ok(())
+}
+
+fn no_process_on_the_host(setting: &Setting) -> Result<()> {
+    // An argument that no other process has.
+    let container = setting.container().detach(&["sleep", "86399"])?;
+    let all = host::processes()?;
+    let found: Vec<_> = all
+        .iter()
+        .filter(|process| process.command_line.ends_with("sleep 86399"))
+        .filter(|process| !process.command_line.contains(container.id()))
+        .collect();
+    ensure!(found.is_empty(), "the host runs {found:#?}");
+    let listed = container.exec(&[], &["ps"])?.succeeds()?;
+    ensure!(
+        listed.contains("sleep 86399"),
+        "the container lists {listed}"
+    );
+    Ok(())
+}
+
+fn exit_codes(setting: &Setting) -> Result<()> {
+    for code in [0, 1, 42, 255] {
+        setting
+            .container()
+            .run(&["sh", "-c", &format!("exit {code}")])?
+            .exits_with(code)?;
+    }
+    // A shell's own answer to a missing command.
+    let missing = setting
+        .container()
+        .run(&["sh", "-c", "no-such-command"])?
+        .exits_with(127)?;
+    ensure!(missing.err().contains("no-such-command"), "{missing}");
+    Ok(())
+}
+
+fn signals(setting: &Setting) -> Result<()> {
+    for (signal, code) in [("TERM", 143), ("KILL", 137), ("SEGV", 139)] {
+        // The container's init ignores signals from inside that it has no handler for, so another
+        // process of it ends by the signal; its shell counts as we do.
+        let script = format!("sh -c 'kill -{signal} $$'");
+        setting
+            .container()
+            .run(&["sh", "-c", &script])?
+            .exits_with(code)?;
+    }
+    let started = setting
+        .container()
+        .spawn(&["sh", "-c", "echo ready; exec sleep 1000"])?;
+    started.client.expect("ready")?;
+    started.container.kill("KILL")?;
+    started.finish()?.exits_with(137)?;
+    Ok(())
+}
+
+fn missing_command(setting: &Setting) -> Result<()> {
+    let done = setting
+        .container()
+        .run(&["/no/such-command", "argument"])?
+        .exits_with(1)?;
+    let message = done.err();
+    ensure!(
+        message.contains("/no/such-command"),
+        "the command is not named: {done}"
+    );
+    ensure!(
+        message.contains("no such file or directory"),
+        "the cause is not named: {done}"
+    );
+    let done = setting
+        .container()
+        .run(&["no-such-command"])?
+        .exits_with(1)?;
+    let message = done.err();
+    ensure!(
+        message.contains("no-such-command"),
+        "the command is not named: {done}"
+    );
+    ensure!(
+        message.contains("not found in $PATH"),
+        "the cause is not named: {done}"
+    );
+    ensure!(
+        message.trim_end().lines().count() == 1,
+        "more than a line: {done}"
+    );
+    let done = setting.container().run(&["/etc"])?.exits_with(1)?;
+    let message = done.err().to_lowercase();
+    ensure!(
+        message.contains("permission denied") || message.contains("is a directory"),
+        "{done}"
+    );
+    Ok(())
+}
+
+fn over_memory_limit(setting: &Setting) -> Result<()> {
+    setting
+        .container()
+        .flags(&["--memory-limit", "33554432"])
+        .run(&["tail", "/dev/zero"])?
+        .exits_with(137)?;
+    Ok(())
+}
+
+fn ten_at_once(setting: &Setting) -> Result<()> {
+    let started: Vec<_> = (0..10)
+        .map(|number| {
+            let script = format!("echo container {number}; exec sleep 1000");
+            setting.container().spawn(&["sh", "-c", &script])
+        })
+        .collect::<Result<_>>()?;
+    for (number, one) in started.iter().enumerate() {
+        one.client.expect(&format!("container {number}"))?;
+    }
+    let mut machines = std::collections::BTreeSet::new();
+    for one in &started {
+        machines.insert(Pod::of(one.container.id())?.child("bulkhead-vmm")?.pid);
+    }
+    ensure!(
+        machines.len() == 10,
+        "there are {} virtual machines",
+        machines.len()
+    );
+    let execs: Vec<_> = started
+        .iter()
+        .map(|one| {
+            one.container
+                .spawn_exec(&[], crate::command::Input::Null, &["hostname"])
+        })
+        .collect::<Result<_>>()?;
+    for exec in execs {
+        exec.finish()?
+            .succeeds()
+            .context("an exec in one of ten containers")?;
+    }
+    for one in &started {
+        one.container.kill("KILL")?;
+    }
+    for one in started {
+        one.finish()?.exits_with(137)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,129 @@
+//! Comparing reports from two runtimes against the list of known differences.
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+use crate::probe::Report;
+
+/// The reviewed list.
+const KNOWN: &str = include_str!("../differences.toml");
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Known {
+    difference: Vec<Difference>,
+}
+
+/// A difference that is meant to be.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Difference {
+    /// Names of questions; `*` stands for anything.
+    questions: Vec<String>,
+    /// Under Bulkhead the answer is this; `*` stands for anything.
+    #[serde(default = "anything")]
+    answer: String,
+    /// Why.
+    reason: String,
+}
+
+fn anything() -> String {
+    "*".into()
+}
+
+/// Fails with every difference between the two reports that is not in the list.
+pub fn compare(what: &str, runc: &Report, tested: &Report) -> Result<()> {
+    let known = known()?;
+    let mut new = Vec::new();
+    let mut questions: Vec<_> = runc.keys().chain(tested.keys()).collect();
+    questions.sort();
+    questions.dedup();
+    for question in questions {
+        let none = String::from("(nothing)");
+        let (expected, found) = (
+            runc.get(question).unwrap_or(&none),
+            tested.get(question).unwrap_or(&none),
+        );
+        let meant = known.difference.iter().any(|difference| {
+            matches(&difference.answer, found)
+                && difference
+                    .questions
+                    .iter()
+                    .any(|pattern| matches(pattern, question))
+        });
+        if expected != found && !meant {
+            new.push(format!(
+                "{question}\n    runc:   {expected}\n    tested: {found}"
+            ));
+        }
+    }
+    ensure!(
+        new.is_empty(),
+        "{what}: {} difference(s) that tests/e2e/differences.toml does not list:\n  {}",
+        new.len(),
+        new.join("\n  ")
+    );
+    Ok(())
+}
+
+fn known() -> Result<Known> {
+    let known: Known = toml::from_str(KNOWN).context("differences.toml is not valid")?;
+    for difference in &known.difference {
+        ensure!(
+            !difference.reason.trim().is_empty(),
+            "the difference in {:?} has no reason",
+            difference.questions
+        );
+    }
+    Ok(known)
+}
+
+/// Whether `text` fits `pattern`, in which `*` stands for any characters.
+fn matches(pattern: &str, text: &str) -> bool {
+    let mut pieces = pattern.split('*');
+    let Some(mut rest) = pieces.next().and_then(|first| text.strip_prefix(first)) else {
+        return false;
+    };
+    let Some(last) = pieces.next_back() else {
+        // Without a star, the whole must be the same.
+        return rest.is_empty();
+    };
+    for piece in pieces {
+        let Some((_, after)) = rest.split_once(piece) else {
+            return false;
+        };
+        rest = after;
+    }
+    rest.ends_with(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_is_valid() {
+        known().unwrap();
+    }
+
+    #[test]
+    fn a_star_stands_for_anything() {
+        assert!(matches("a.b", "a.b"));
+        assert!(!matches("a.b", "a.bc"));
+        assert!(matches("a.*", "a."));
+        assert!(matches("*", ""));
+        assert!(matches("a*c*e", "abcde"));
+        assert!(!matches("a*c*e", "abde"));
+        assert!(!matches("ab*b", "ab"));
+    }
+
+    #[test]
+    fn a_difference_that_is_not_listed_is_found() {
+        let one = Report::from([("a question".into(), "yes".into())]);
+        let other = Report::from([("a question".into(), "no".into())]);
+        compare("x", &one, &one.clone()).unwrap();
+        let error = compare("x", &one, &other).unwrap_err().to_string();
+        assert!(error.contains("a question"), "{error}");
+        assert!(compare("x", &one, &Report::new()).is_err());
+    }
+}

@@ -1,0 +1,117 @@
+//! The part of this program that runs inside a container and reports what it finds there.
+//!
+//! The tests start it under runc and under the runtime under test, and compare the reports.
+
+mod data;
+mod names;
+mod spec;
+mod stream;
+mod syscalls;
+mod tree;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+/// What to look at.
+#[derive(Debug, clap::Subcommand)]
+pub enum Probe {
+    /// Everything that a container's specification sets up, as a report.
+    Spec,
+    /// What happens to files, below this directory, as a report.
+    Files {
+        /// A directory that is made for it.
+        directory: PathBuf,
+    },
+    /// The metadata and contents of every file below a directory, one line each.
+    Tree {
+        /// Where to start.
+        directory: PathBuf,
+    },
+    /// Patterns of this length to standard output (seed 1) and standard error (seed 2) at once.
+    Stream {
+        /// Bytes to each.
+        length: u64,
+    },
+    /// Tries to lock a file as another process does.
+    #[command(hide = true)]
+    Lock {
+        /// The file.
+        file: PathBuf,
+    },
+    /// Tries to open a file for reading and then for writing.
+    #[command(hide = true)]
+    Access {
+        /// The file.
+        file: PathBuf,
+    },
+    /// Overwrites the first bytes of a file.
+    #[command(hide = true)]
+    Overwrite {
+        /// The file.
+        file: PathBuf,
+    },
+}
+
+/// What was found, by the name of the question.
+pub type Report = BTreeMap<String, String>;
+
+/// Answers on standard output.
+pub fn run(probe: &Probe) -> Result<()> {
+    match probe {
+        Probe::Spec => print(&spec::report()?),
+        Probe::Files { directory } => print(&files(directory)?),
+        Probe::Tree { directory } => tree::print(directory),
+        Probe::Stream { length } => stream::write(*length),
+        Probe::Lock { file } => data::lock_as_another(file),
+        Probe::Access { file } => names::access_as_another(file),
+        Probe::Overwrite { file } => data::overwrite_as_another(file),
+    }
+}
+
+fn files(directory: &std::path::Path) -> Result<Report> {
+    std::fs::create_dir_all(directory)?;
+    let mut answers = Answers::default();
+    names::ask(directory, &mut answers);
+    data::ask(directory, &mut answers);
+    Ok(answers.report)
+}
+
+fn print(report: &Report) -> Result<()> {
+    println!("{}", serde_json::to_string_pretty(report)?);
+    Ok(())
+}
+
+/// Finds out what happens to files in an empty directory of its own.
+type Answer = fn(&std::path::Path) -> Result<String>;
+
+/// Collects answers; a failure is an answer as well.
+#[derive(Default)]
+struct Answers {
+    report: Report,
+}
+
+impl Answers {
+    /// Notes the answer to a question.
+    fn ask(&mut self, question: &str, answer: impl FnOnce() -> Result<String>) {
+        let answer = answer().unwrap_or_else(|error| format!("error: {error:#}"));
+        self.report.insert(question.to_owned(), answer);
+    }
+}
+
+/// A result of a system call as an answer: "ok", or the error's name.
+fn outcome<T, E: Into<std::io::Error>>(result: Result<T, E>) -> String {
+    match result {
+        Ok(_) => "ok".into(),
+        Err(error) => errno_name(&error.into()),
+    }
+}
+
+/// `EPERM` and so on.
+fn errno_name(error: &std::io::Error) -> String {
+    error.raw_os_error().map_or_else(
+        || error.to_string(),
+        |number| format!("{:?}", nix::errno::Errno::from_raw(number)),
+    )
+}
