@@ -1,9 +1,10 @@
 //! What can be read from a kernel image itself.
 
+use std::io::BufRead;
+
 /// The release of the kernel in an ELF image, as `uname -r` prints it, read from its banner
 /// (`Linux version RELEASE (…`). `None` when the image is not an x86-64 ELF file with a banner.
 pub fn release(image: &[u8]) -> Option<String> {
-    const BANNER: &[u8] = b"Linux version ";
     const EM_X86_64: u8 = 62;
     const LONGEST: usize = 64;
 
@@ -11,19 +12,20 @@ pub fn release(image: &[u8]) -> Option<String> {
     if !is_elf64 {
         return None;
     }
-    // The banner proper is the occurrence followed by a release; others are format strings.
-    image
-        .windows(BANNER.len())
-        .enumerate()
-        .filter(|(_, window)| *window == BANNER)
-        .find_map(|(at, _)| {
-            let rest = &image[at + BANNER.len()..];
-            let end = rest.iter().take(LONGEST).position(|&byte| byte == b' ')?;
-            let release = std::str::from_utf8(&rest[..end]).ok()?;
-            release
-                .starts_with(|first: char| first.is_ascii_digit())
-                .then(|| release.to_owned())
-        })
+    let mut rest = image;
+    while rest.skip_until(b'L').ok()? > 0 {
+        let Some(after) = rest.strip_prefix(b"inux version ") else {
+            continue;
+        };
+        // The banner proper is the occurrence followed by a release; others are format strings.
+        let end = after.iter().take(LONGEST).position(|&byte| byte == b' ');
+        let release = end.and_then(|end| std::str::from_utf8(&after[..end]).ok());
+        if let Some(release) = release.filter(|name| name.starts_with(|c: char| c.is_ascii_digit()))
+        {
+            return Some(release.to_owned());
+        }
+    }
+    None
 }
 
 #[cfg(test)]
@@ -40,7 +42,7 @@ mod tests {
 
     #[test]
     fn release_is_read_from_the_banner() {
-        let banner = b"..Linux version %s (%s)\0..Linux version 6.12.1-bulkhead (a@b) (gcc) #1";
+        let banner = b"..Linux version \xff Linux version %s (%s)\0..Linux version 6.12.1-bulkhead (a@b) (gcc) #1";
         assert_eq!(release(&image(banner)), Some("6.12.1-bulkhead".to_owned()));
     }
 
