@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use bulkhead_lab::{Cache, Client, Input, LabOptions, LabState};
+use bulkhead_lab::{Cache, Client, Input, LabOptions, LabState, Step};
 use clap::{Args, Subcommand};
 
 use crate::terminal::Terminal;
@@ -132,17 +132,22 @@ fn serve(options: &LabOptions) -> Result<()> {
     Ok(())
 }
 
-/// Puts the development image into a lab's containerd.
-fn load_debian_dev(lab: &Client) -> Result<()> {
-    const IN_LAB: &str = "/var/lib/bulkhead-images/debian-dev.tar";
-    lab.push(&bulkhead_lab::debian_dev_archive(&Cache::open()?)?, IN_LAB)?;
-    let import = lab.exec(["ctr", "image", "import", IN_LAB]).run()?;
+/// Puts the image docker.io/library/debian-dev:latest into a lab's containerd.
+pub fn load_debian_dev(lab: &Client) -> Result<()> {
+    let archive = bulkhead_lab::debian_dev_archive(&Cache::open()?)?;
+    let step = Step::start("Importing the image debian-dev in the lab");
+    let file = File::open(&archive).with_context(|| format!("open {}", archive.display()))?;
+    let import = lab
+        .exec(["ctr", "image", "import", "-"])
+        .stdin(Input::Reader(Box::new(file)))
+        .run()?;
     if import.status != 0 {
         bail!(
             "ctr image import: {}",
             String::from_utf8_lossy(&import.stderr)
         );
     }
+    step.done();
     Ok(())
 }
 

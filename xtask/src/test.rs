@@ -5,19 +5,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use bulkhead_lab::{
-    BUILD_LIMIT, Cache, Client, Lab, LabOptions, Step, cargo, debian_dev_archive, run_shown,
-    target_dir,
-};
+use bulkhead_lab::{BUILD_LIMIT, Client, Lab, LabOptions, Step, cargo, run_shown, target_dir};
 
-use crate::build;
-use crate::install;
+use crate::lab::load_debian_dev;
+use crate::{build, install};
 
 /// Where the end-to-end tests' program is in the lab.
 const E2E: &str = "/usr/local/bin/bulkhead-e2e";
-
-/// Where the end-to-end tests find the image with python3 and gcc.
-const DEBIAN_DEV: &str = "/var/lib/bulkhead-images/debian-dev.tar";
 
 /// How long all end-to-end tests may take.
 const E2E_LIMIT: Duration = Duration::from_secs(40 * 60);
@@ -29,7 +23,6 @@ pub fn run(e2e: Option<&str>) -> Result<i32> {
     }
     let built = build::build()?;
     let program = build::build_e2e()?;
-    let debian_dev = debian_dev_archive(&Cache::open()?)?;
     let lab = Lab::start(&LabOptions {
         name: format!("test-{}", std::process::id()),
         ..LabOptions::default()
@@ -37,8 +30,8 @@ pub fn run(e2e: Option<&str>) -> Result<i32> {
     let step = Step::start("Installing Bulkhead and its tests in the lab");
     install::install_in_lab(&built, &lab)?;
     lab.push(&program, E2E)?;
-    lab.push(&debian_dev, DEBIAN_DEV)?;
     step.done();
+    load_debian_dev(&lab)?;
     let arguments = std::iter::once(E2E).chain(e2e);
     let result = lab
         .exec(arguments)

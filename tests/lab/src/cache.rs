@@ -9,8 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error};
 
-/// The cache directory: `$BULKHEAD_CACHE`, else `$XDG_CACHE_HOME/bulkhead`, else
-/// `~/.cache/bulkhead`.
+/// The cache directory, which the guest's kernel is kept in too.
 #[derive(Debug, Clone)]
 pub struct Cache {
     root: PathBuf,
@@ -19,15 +18,10 @@ pub struct Cache {
 impl Cache {
     /// Opens the cache directory, creating it when it is missing.
     pub fn open() -> Result<Self, Error> {
-        let from = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-        let root = from("BULKHEAD_CACHE")
-            .map(PathBuf::from)
-            .or_else(|| from("XDG_CACHE_HOME").map(|dir| Path::new(&dir).join("bulkhead")))
-            .or_else(|| from("HOME").map(|dir| Path::new(&dir).join(".cache/bulkhead")))
-            .ok_or_else(|| Error::Missing {
-                what: "a cache directory".into(),
-                hint: "set HOME or BULKHEAD_CACHE".into(),
-            })?;
+        let root = bulkhead_guest_kernel::cache_dir().ok_or_else(|| Error::Missing {
+            what: "a cache directory".into(),
+            hint: "set HOME or BULKHEAD_CACHE to an absolute path".into(),
+        })?;
         fs::create_dir_all(&root).context(|| format!("create {}", root.display()))?;
         let root = root
             .canonicalize()
