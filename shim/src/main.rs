@@ -1,2 +1,7 @@
-//! To be filled in.
-fn main() {}
+//! `containerd-shim-bulkhead-v2`: what containerd starts for each pod.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    bulkhead_shim::main()
+}

@@ -1,0 +1,198 @@
+//! The socket of a pod's shim: its name, and who holds it.
+
+use std::{
+    fs::{self, DirBuilder},
+    io::{self, ErrorKind},
+    os::unix::{
+        fs::{DirBuilderExt, PermissionsExt},
+        net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+};
+
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+
+/// Where containerd expects the sockets of shims.
+const SOCKET_DIRECTORY: &str = "/run/containerd/s";
+
+/// Name of the file in a bundle by which containerd 1.7 finds the shim again.
+const ADDRESS_FILE: &str = "address";
+
+/// The address of one pod's shim.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address {
+    path: PathBuf,
+}
+
+/// Who serves an address.
+#[derive(Debug)]
+pub enum Claim {
+    /// A running shim.
+    Taken,
+    /// The caller, from now on.
+    Ours(UnixListener),
+}
+
+/// Failures with a shim's socket.
+#[derive(Debug, Error)]
+pub enum AddressError {
+    /// The directory of the sockets cannot be made.
+    #[error("Cannot create {SOCKET_DIRECTORY}")]
+    Directory(#[source] io::Error),
+    /// The socket cannot be made.
+    #[error("Cannot listen on {path}")]
+    Listen {
+        /// The socket's path.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+    /// A socket that nobody serves cannot be removed.
+    #[error("Cannot remove the stale socket {path}")]
+    Stale {
+        /// The socket's path.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+    /// The address cannot be written into the bundle.
+    #[error("Cannot write {path}")]
+    Write {
+        /// The file's path.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Address {
+    /// The address of `group` in `namespace` of the containerd at `containerd`.
+    pub fn new(containerd: &str, namespace: &str, group: &str) -> Self {
+        let name = Path::new(containerd).join(namespace).join(group);
+        let digest = Sha256::digest(name.as_os_str().as_encoded_bytes());
+        let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        Self {
+            path: Path::new(SOCKET_DIRECTORY).join(hex),
+        }
+    }
+
+    /// In the form that containerd dials.
+    pub fn url(&self) -> String {
+        format!("unix://{}", self.path.display())
+    }
+
+    /// Starts to listen, unless a running shim does already. A socket that nobody serves is
+    /// replaced.
+    pub fn claim(&self) -> Result<Claim, AddressError> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(SOCKET_DIRECTORY)
+            .map_err(AddressError::Directory)?;
+        match self.listen() {
+            Ok(listener) => return Ok(Claim::Ours(listener)),
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {}
+            Err(source) => {
+                return Err(AddressError::Listen {
+                    path: self.path.clone(),
+                    source,
+                });
+            }
+        }
+        if self.is_served() {
+            return Ok(Claim::Taken);
+        }
+        self.remove()?;
+        match self.listen() {
+            Ok(listener) => Ok(Claim::Ours(listener)),
+            Err(source) => Err(AddressError::Listen {
+                path: self.path.clone(),
+                source,
+            }),
+        }
+    }
+
+    fn listen(&self) -> io::Result<UnixListener> {
+        let listener = UnixListener::bind(&self.path)?;
+        // Until here the directory's callers are root alone: connecting needs write permission,
+        // which the usual umask takes from everybody else.
+        fs::set_permissions(&self.path, fs::Permissions::from_mode(0o600))?;
+        Ok(listener)
+    }
+
+    /// Whether a shim accepts connections.
+    pub fn is_served(&self) -> bool {
+        UnixStream::connect(&self.path).is_ok()
+    }
+
+    /// Removes the socket, if it is there.
+    pub fn remove(&self) -> Result<(), AddressError> {
+        match fs::remove_file(&self.path) {
+            Err(source) if source.kind() != ErrorKind::NotFound => Err(AddressError::Stale {
+                path: self.path.clone(),
+                source,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Notes the address in a bundle. The file is replaced as a whole.
+    pub fn write(&self, bundle: &Path) -> Result<(), AddressError> {
+        let path = bundle.join(ADDRESS_FILE);
+        let draft = bundle.join(".address");
+        fs::write(&draft, self.url())
+            .and_then(|()| fs::rename(&draft, &path))
+            .map_err(|source| AddressError::Write { path, source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_is_containerds() {
+        // sha256 of "/run/containerd/containerd.sock/default/c1", as sha256sum(1) has it.
+        let address = Address::new("/run/containerd/containerd.sock", "default", "c1");
+        assert!(address.url().starts_with("unix:///run/containerd/s/"));
+        assert!(address.path.as_os_str().len() <= 106);
+        assert_ne!(
+            address,
+            Address::new("/run/containerd/containerd.sock", "default", "c2")
+        );
+    }
+
+    #[test]
+    fn a_served_socket_is_taken_and_a_stale_one_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let address = Address {
+            path: directory.path().join("s"),
+        };
+        let first = address.listen().unwrap();
+        assert_eq!(
+            fs::metadata(&address.path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        assert!(address.is_served());
+        drop(first);
+        assert!(!address.is_served());
+        address.remove().unwrap();
+        address.remove().unwrap();
+        assert!(address.listen().is_ok());
+    }
+
+    #[test]
+    fn the_bundle_gets_the_address() {
+        let bundle = tempfile::tempdir().unwrap();
+        let address = Address::new("a", "b", "c");
+        address.write(bundle.path()).unwrap();
+        assert_eq!(
+            fs::read_to_string(bundle.path().join("address")).unwrap(),
+            address.url()
+        );
+    }
+}

@@ -1,0 +1,214 @@
+//! `/etc/bulkhead/config.toml`
+
+use std::{
+    env, fs, io,
+    path::{Path, PathBuf},
+};
+
+use bulkhead_vmm_control::VmConfig;
+use serde::Deserialize;
+use thiserror::Error;
+
+/// Where the configuration is, unless [`PATH_VARIABLE`] names another file.
+const PATH: &str = "/etc/bulkhead/config.toml";
+
+/// Environment variable with another path of the configuration, to try one without touching the
+/// machine's. containerd hands its own environment to its shims, so only its owner can set it.
+pub const PATH_VARIABLE: &str = "BULKHEAD_CONFIG";
+
+/// Guest memory below this cannot hold kernel and initramfs.
+const MIN_MEMORY_MIB: u32 = 32;
+
+/// The most vCPUs: one byte of APIC identifier, 255 being broadcast.
+const MAX_VCPUS: u8 = 254;
+
+/// The settings of a machine. Every key has a default; unknown keys are errors.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// vCPUs of each VM.
+    pub vcpus: u8,
+    /// Memory of each VM in MiB.
+    pub memory_mib: u32,
+    /// Added to the guest kernel's command line.
+    pub kernel_args: String,
+    /// Write each guest's console to `console.log` in its state directory.
+    pub console: bool,
+    /// What the shim logs.
+    pub log_level: LogLevel,
+    /// Directory of `vmlinux`, `initramfs.cpio` and `manifest.json`.
+    pub guest_dir: PathBuf,
+    /// The VMM's executable; by default `bulkhead-vmm` beside the shim's.
+    pub vmm: Option<PathBuf>,
+    /// Directory for the state of running pods.
+    pub state_dir: PathBuf,
+}
+
+/// How much is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// Failures.
+    Error,
+    /// And what looks wrong.
+    Warn,
+    /// And what happens.
+    Info,
+    /// And how.
+    Debug,
+    /// And every step.
+    Trace,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            vcpus: 1,
+            memory_mib: 512,
+            kernel_args: String::new(),
+            console: false,
+            log_level: LogLevel::Info,
+            guest_dir: "/usr/lib/bulkhead".into(),
+            vmm: None,
+            state_dir: "/run/bulkhead".into(),
+        }
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file is there but cannot be read.
+    #[error("Cannot read {path}")]
+    Read {
+        /// Its path.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+    /// A key or value is wrong; the text names it and its line.
+    #[error("{path} is invalid: {text}")]
+    Parse {
+        /// Its path.
+        path: PathBuf,
+        /// Line, key and reason.
+        text: String,
+    },
+    /// A value is out of its range.
+    #[error("{path}: {key} = {value} is out of range: {range}")]
+    Range {
+        /// Its path.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: u32,
+        /// What is possible.
+        range: &'static str,
+    },
+    /// The directory of the shim's executable is not known.
+    #[error("Cannot find the directory of the shim's executable")]
+    Executable(#[source] io::Error),
+}
+
+impl Config {
+    /// Reads the machine's configuration; a missing file means the defaults.
+    pub fn load() -> Result<Self, ConfigError> {
+        let path = env::var_os(PATH_VARIABLE).map_or_else(|| PATH.into(), PathBuf::from);
+        match fs::read_to_string(&path) {
+            Ok(text) => Self::parse(&text, &path),
+            Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(ConfigError::Read { path, source }),
+        }
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| {
+            let line = error
+                .span()
+                .map(|span| text[..span.start].lines().count().max(1));
+            let message = error.message().trim();
+            ConfigError::Parse {
+                path: path.to_owned(),
+                text: match line {
+                    Some(line) => format!("line {line}: {message}"),
+                    None => message.to_owned(),
+                },
+            }
+        })?;
+        let range = |key, value, range| ConfigError::Range {
+            path: path.to_owned(),
+            key,
+            value,
+            range,
+        };
+        if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
+            return Err(range("vcpus", config.vcpus.into(), "1 to 254"));
+        }
+        if config.memory_mib < MIN_MEMORY_MIB {
+            return Err(range("memory_mib", config.memory_mib, "32 or more"));
+        }
+        Ok(config)
+    }
+
+    /// The VM that the configuration describes.
+    pub fn vm(&self) -> VmConfig {
+        VmConfig {
+            vcpus: self.vcpus,
+            memory_mib: self.memory_mib,
+            kernel_args: self.kernel_args.clone(),
+            console: self.console,
+        }
+    }
+
+    /// The VMM's executable.
+    pub fn vmm_path(&self) -> Result<PathBuf, ConfigError> {
+        match &self.vmm {
+            Some(path) => Ok(path.clone()),
+            None => Ok(env::current_exe()
+                .map_err(ConfigError::Executable)?
+                .with_file_name("bulkhead-vmm")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(text, Path::new("c.toml")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn nothing_means_the_defaults() {
+        assert_eq!(parse(""), Ok(Config::default()));
+    }
+
+    #[test]
+    fn values_are_taken() {
+        let config = parse("vcpus = 2\nmemory_mib = 256\nconsole = true\nlog_level = 'debug'\n");
+        let config = config.unwrap();
+        assert_eq!(config.vm().vcpus, 2);
+        assert_eq!(config.vm().memory_mib, 256);
+        assert!(config.console);
+        assert_eq!(config.log_level, LogLevel::Debug);
+    }
+
+    #[test]
+    fn errors_name_key_and_line() {
+        let error = parse("vcpus = 1\nmemory = 5\n").unwrap_err();
+        assert!(
+            error.contains("line 2") && error.contains("`memory`"),
+            "{error}"
+        );
+        let error = parse("vcpus = 1\n\nlog_level = 'loud'\n").unwrap_err();
+        assert!(
+            error.contains("line 3") && error.contains("`loud`"),
+            "{error}"
+        );
+        let error = parse("vcpus = 0").unwrap_err();
+        assert!(error.contains("vcpus = 0"), "{error}");
+    }
+}

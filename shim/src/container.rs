@@ -1,0 +1,603 @@
+//! A container: its own process, those that were exec'd, and what it has on the host.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use bulkhead_agent_api::messages::ExecRequest;
+use containerd_shim_protos::events::task as messages;
+use protobuf::MessageField;
+use tokio::{
+    pin,
+    sync::Mutex as AsyncMutex,
+    time::{Instant, timeout, timeout_at},
+};
+
+use crate::{
+    agent_client::{AgentClient, AgentError, Exit},
+    anchor::{Anchor, AnchorEvent, Network},
+    cgroup::Cgroup,
+    child::{KILLED, Reaper},
+    errors::{TaskError, timestamp},
+    events::{Event, Events},
+    hooks,
+    pod::Pod,
+    process::{Phase, Process},
+    rootfs::Rootfs,
+    shares::Shares,
+    spec::{self, Spec},
+    stdio::{Owner, Paths, Streaming},
+    text, timeline,
+};
+
+/// How long the execs of a container may take to end once its own process has.
+const EXECS_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How long a killed process may take to end.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Exit status of an exec that could not be started.
+const NOT_STARTED: u8 = 255;
+
+const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
+
+/// What all containers of a pod share.
+#[derive(Debug)]
+pub struct Host {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Directory of the pod's cgroup, which outlives its containers.
+    pub pod_cgroup: Option<PathBuf>,
+    /// The VM.
+    pub pod: Arc<Pod>,
+    /// containerd's ear.
+    pub events: Events,
+    /// Parent of all processes.
+    pub reaper: Reaper,
+}
+
+/// What a container has beside its processes, in the order in which it is released.
+#[derive(Debug, Default)]
+pub struct Resources {
+    /// The agent knows the container.
+    pub in_guest: bool,
+    /// What the guest sees of the host.
+    pub shares: Shares,
+    /// The root file system.
+    pub rootfs: Option<Rootfs>,
+    /// The cgroup, unless it is the pod's.
+    pub cgroup: Option<Cgroup>,
+}
+
+impl Resources {
+    /// Gives everything back. What fails is logged, and the rest still done.
+    pub async fn release(&mut self, host: &Host, id: &str) {
+        if std::mem::take(&mut self.in_guest)
+            && let Some(agent) = host.pod.ready_agent()
+            && let Err(error) = agent.delete(id, "").await
+        {
+            let error = text::chain(&error);
+            tracing::warn!(id, error, "The agent cannot release a container");
+        }
+        self.shares.remove(&host.pod).await;
+        if let Some(rootfs) = self.rootfs.take() {
+            // Unmounting may have to write to a disk.
+            let _ = tokio::task::spawn_blocking(move || drop(rootfs)).await;
+        }
+        self.cgroup = None;
+    }
+}
+
+/// An exec'd process and its OCI `process` object.
+#[derive(Debug)]
+struct Exec {
+    process: Arc<Process>,
+    spec: Vec<u8>,
+}
+
+/// What a container is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// Its id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: String,
+    /// Its specification.
+    pub spec: Spec,
+    /// Its own process.
+    pub init: Arc<Process>,
+    /// Directory of its cgroup.
+    pub cgroup: PathBuf,
+    /// What is to be released.
+    pub resources: Resources,
+}
+
+/// A created container.
+#[derive(Debug)]
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: String,
+    /// Its own process.
+    pub init: Arc<Process>,
+    spec: Spec,
+    cgroup: PathBuf,
+    host: Arc<Host>,
+    execs: Mutex<BTreeMap<String, Exec>>,
+    resources: AsyncMutex<Resources>,
+}
+
+impl Container {
+    /// Takes over a container that the agent has created, and watches its process.
+    pub fn new(host: Arc<Host>, parts: Parts, anchor: Anchor, agent: AgentClient) -> Arc<Self> {
+        let container = Arc::new(Self {
+            id: parts.id,
+            bundle: parts.bundle,
+            init: parts.init,
+            spec: parts.spec,
+            cgroup: parts.cgroup,
+            host,
+            execs: Mutex::default(),
+            resources: AsyncMutex::new(parts.resources),
+        });
+        let init = container.init.clone();
+        tokio::spawn(container.clone().supervise(init, anchor, agent));
+        container
+    }
+
+    fn execs(&self) -> MutexGuard<'_, BTreeMap<String, Exec>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A process by its exec id; empty for the container's own.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, TaskError> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        self.execs()
+            .get(exec_id)
+            .map(|exec| exec.process.clone())
+            .ok_or_else(|| TaskError::NotFound(format!("exec {exec_id} of container {}", self.id)))
+    }
+
+    /// Those that run.
+    pub fn running(&self) -> Vec<Arc<Process>> {
+        let execs = self.execs();
+        let execs = execs.values().map(|exec| exec.process.clone());
+        std::iter::once(self.init.clone())
+            .chain(execs)
+            .filter(|process| process.pid() != 0 && process.exit().is_none())
+            .collect()
+    }
+
+    /// The agent, or why it is gone.
+    async fn agent(&self) -> Result<AgentClient, TaskError> {
+        Ok(self.host.pod.agent().await?)
+    }
+
+    async fn explained(&self, error: AgentError) -> TaskError {
+        match self.host.pod.explain(error).await {
+            Ok(error) => error.into(),
+            Err(error) => error.into(),
+        }
+    }
+
+    /// Starts the container's own process. Returns its PID.
+    pub async fn start(&self) -> Result<u32, TaskError> {
+        self.init
+            .begin_start()
+            .map_err(|phase| self.cannot_start("", phase))?;
+        let started = match self.agent().await {
+            Ok(agent) => match agent.start(&self.id).await {
+                Ok(()) => Ok(()),
+                Err(error) => Err(self.explained(error).await),
+            },
+            Err(error) => Err(error),
+        };
+        if let Err(error) = started {
+            self.init.not_started();
+            self.kill_created().await;
+            return Err(error);
+        }
+        let pid = self.init.pid();
+        self.host.events.publish(Event::Start(messages::TaskStart {
+            container_id: self.id.clone(),
+            pid,
+            ..Default::default()
+        }));
+        self.init.started();
+        let pod = &self.host.pod;
+        if pod.timeline().reached(timeline::Phase::ContainerStarted) {
+            pod.write_timeline();
+        }
+        self.run_late_hooks("running").await;
+        Ok(pid)
+    }
+
+    fn cannot_start(&self, exec_id: &str, phase: Phase) -> TaskError {
+        let what = if exec_id.is_empty() {
+            format!("container {}", self.id)
+        } else {
+            format!("exec {exec_id}")
+        };
+        TaskError::State(match phase {
+            Phase::Stopped(_) => format!("Cannot start {what}: it has ended"),
+            _ => format!("Cannot start {what}: it is started already"),
+        })
+    }
+
+    /// Ends a process that was never started, and waits for that.
+    async fn kill_created(&self) {
+        if let Some(agent) = self.host.pod.ready_agent() {
+            // It may be dead already.
+            let _ = agent.signal(&self.id, "", SIGKILL, true).await;
+        }
+        if timeout(KILL_DEADLINE, self.init.wait()).await.is_err() {
+            tracing::warn!(id = self.id, "A killed process does not end");
+        }
+    }
+
+    /// Hooks whose failure changes nothing any more.
+    async fn run_late_hooks(&self, status: &'static str) {
+        let Some(hooks) = &self.spec.hooks else {
+            return;
+        };
+        let (hooks, pid) = match status {
+            "running" => (&hooks.poststart, self.init.pid()),
+            _ => (&hooks.poststop, 0),
+        };
+        let none = Default::default();
+        let state = hooks::State {
+            oci_version: &self.spec.oci_version,
+            id: &self.id,
+            status,
+            pid,
+            bundle: self.bundle.as_ref(),
+            annotations: self.spec.annotations.as_ref().unwrap_or(&none),
+        };
+        for hook in hooks {
+            let one = std::slice::from_ref(hook);
+            if let Err(error) = hooks::run(one, &state, &self.host.reaper).await {
+                let error = text::chain(&error);
+                tracing::warn!(id = self.id, error, "A hook failed");
+            }
+        }
+    }
+
+    /// Registers a process to be started later. `spec` is its OCI `process` object.
+    pub fn add_exec(&self, exec_id: &str, paths: Paths, spec: Vec<u8>) -> Result<(), TaskError> {
+        if self.init.exit().is_some() {
+            return Err(TaskError::State(format!(
+                "Cannot exec in container {}: it has ended",
+                self.id
+            )));
+        }
+        let parsed: spec::Process = serde_json::from_slice(&spec)
+            .map_err(|error| TaskError::Invalid(format!("Cannot parse the process: {error}")))?;
+        let mut execs = self.execs();
+        if execs.contains_key(exec_id) {
+            return Err(TaskError::AlreadyExists(format!("exec {exec_id}")));
+        }
+        let size = parsed.console_size.unwrap_or_default();
+        let process = Arc::new(Process::new(exec_id.to_owned(), paths, size));
+        execs.insert(exec_id.to_owned(), Exec { process, spec });
+        drop(execs);
+        self.host
+            .events
+            .publish(Event::ExecAdded(messages::TaskExecAdded {
+                container_id: self.id.clone(),
+                exec_id: exec_id.to_owned(),
+                ..Default::default()
+            }));
+        Ok(())
+    }
+
+    /// Starts a registered process. Returns its PID.
+    pub async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32, TaskError> {
+        let (process, spec) = self
+            .execs()
+            .get(exec_id)
+            .map(|exec| (exec.process.clone(), exec.spec.clone()))
+            .ok_or_else(|| {
+                TaskError::NotFound(format!("exec {exec_id} of container {}", self.id))
+            })?;
+        if self.init.exit().is_some() {
+            return Err(TaskError::State(format!(
+                "Cannot start exec {exec_id}: container {} has ended",
+                self.id
+            )));
+        }
+        process
+            .begin_start()
+            .map_err(|phase| self.cannot_start(exec_id, phase))?;
+        match self.try_start_exec(&process, spec).await {
+            Ok((anchor, agent)) => {
+                let pid = anchor.pid();
+                process.set_pid(pid);
+                self.host
+                    .events
+                    .publish(Event::ExecStarted(messages::TaskExecStarted {
+                        container_id: self.id.clone(),
+                        exec_id: exec_id.to_owned(),
+                        pid,
+                        ..Default::default()
+                    }));
+                process.started();
+                tokio::spawn(self.clone().supervise(process, anchor, agent));
+                Ok(pid)
+            }
+            Err(error) => {
+                process.stopped(Exit::now(NOT_STARTED));
+                Err(error)
+            }
+        }
+    }
+
+    async fn try_start_exec(
+        &self,
+        process: &Process,
+        spec: Vec<u8>,
+    ) -> Result<(Anchor, AgentClient), TaskError> {
+        let agent = self.agent().await?;
+        let owner = Owner {
+            namespace: &self.host.namespace,
+            container: &self.id,
+        };
+        let streams = self.host.pod.streams();
+        let (streaming, mut stdio) =
+            Streaming::open(&process.paths, owner, streams, &self.host.reaper).await?;
+        let size = process.size();
+        (stdio.width, stdio.height) = (size.width, size.height);
+        let request = ExecRequest {
+            container_id: self.id.clone(),
+            exec_id: process.exec_id.clone(),
+            process: spec,
+            stdio: MessageField::some(stdio),
+            ..ExecRequest::default()
+        };
+        // An exec's anchor is where the container's own is.
+        let network = match self.spec.network_namespace() {
+            None => Network::Host,
+            Some(_) => Network::Path(format!("/proc/{}/ns/net", self.init.pid()).into()),
+        };
+        let name = format!("{}/{}", self.id, process.exec_id);
+        let (anchor, started) = tokio::join!(
+            Anchor::start(&self.host.reaper, &self.cgroup, &network, &name),
+            agent.exec(&request),
+        );
+        if let Err(error) = started {
+            if let Ok(anchor) = anchor {
+                anchor.finish(NOT_STARTED).await;
+            }
+            if matches!(error, AgentError::Deadline { .. }) {
+                self.abandon_exec(&agent, &process.exec_id);
+            }
+            return Err(self.explained(error).await);
+        }
+        match anchor {
+            Ok(anchor) => {
+                process.set_streaming(streaming);
+                Ok((anchor, agent))
+            }
+            Err(error) => {
+                self.abandon_exec(&agent, &process.exec_id);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Ends a process in the guest that nobody here knows any more.
+    fn abandon_exec(&self, agent: &AgentClient, exec_id: &str) {
+        let (agent, id, exec_id) = (agent.clone(), self.id.clone(), exec_id.to_owned());
+        tokio::spawn(async move {
+            if agent.signal(&id, &exec_id, SIGKILL, false).await.is_ok()
+                && timeout(KILL_DEADLINE, agent.wait(&id, &exec_id))
+                    .await
+                    .is_ok()
+            {
+                let _ = agent.delete(&id, &exec_id).await;
+            }
+        });
+    }
+
+    /// Follows a process from its creation or start to its end.
+    async fn supervise(
+        self: Arc<Self>,
+        process: Arc<Process>,
+        mut anchor: Anchor,
+        agent: AgentClient,
+    ) {
+        let exit = {
+            let end = self.end_in_guest(&process.exec_id, &agent);
+            pin!(end);
+            let mut alive = true;
+            loop {
+                let signal = tokio::select! {
+                    exit = &mut end => break exit,
+                    event = anchor.event(), if alive => match event {
+                        AnchorEvent::Signal(signal) => signal.into(),
+                        AnchorEvent::Died => {
+                            alive = false;
+                            SIGKILL
+                        }
+                    },
+                };
+                let (agent, id) = (agent.clone(), self.id.clone());
+                let exec_id = process.exec_id.clone();
+                tokio::spawn(async move { agent.signal(&id, &exec_id, signal, false).await });
+            }
+        };
+        process.settled().await;
+        if process.exec_id.is_empty() {
+            self.end_execs().await;
+        }
+        anchor.finish(exit.status).await;
+        self.publish_exit(&process, exit);
+    }
+
+    async fn end_in_guest(&self, exec_id: &str, agent: &AgentClient) -> Exit {
+        match agent.wait(&self.id, exec_id).await {
+            Ok(exit) => exit,
+            Err(error) => {
+                let error = text::chain(&self.explained(error).await);
+                tracing::warn!(id = self.id, exec_id, error, "A process is lost");
+                Exit::now(KILLED)
+            }
+        }
+    }
+
+    /// The kernel of the guest ends execs with the container's own process; their exits are told
+    /// before its.
+    async fn end_execs(&self) {
+        let execs: Vec<Arc<Process>> = self
+            .execs()
+            .values()
+            .map(|exec| exec.process.clone())
+            .filter(|process| matches!(process.phase(), Phase::Starting | Phase::Running))
+            .collect();
+        let deadline = Instant::now() + EXECS_DEADLINE;
+        for exec in execs {
+            if timeout_at(deadline, exec.wait()).await.is_err() {
+                self.publish_exit(&exec, Exit::now(KILLED));
+            }
+        }
+    }
+
+    fn publish_exit(&self, process: &Process, exit: Exit) {
+        if !process.stopped(exit) {
+            return;
+        }
+        let id = if process.exec_id.is_empty() {
+            &self.id
+        } else {
+            &process.exec_id
+        };
+        self.host.events.publish(Event::Exit(messages::TaskExit {
+            container_id: self.id.clone(),
+            id: id.clone(),
+            pid: process.pid(),
+            exit_status: exit.status.into(),
+            exited_at: MessageField::some(timestamp(exit.at)),
+            ..Default::default()
+        }));
+    }
+
+    /// Sends a signal to a process, or with `all` to every process of the container.
+    pub async fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<(), TaskError> {
+        let process = self.process(exec_id)?;
+        let finished = || TaskError::NotFound(format!("running process of {}", self.id));
+        match process.phase() {
+            Phase::Stopped(_) => return Err(finished()),
+            Phase::Created if !exec_id.is_empty() => {
+                return Err(TaskError::State(format!(
+                    "Cannot signal exec {exec_id}: it is not started"
+                )));
+            }
+            _ => {}
+        }
+        let Ok(agent) = self.host.pod.agent().await else {
+            return Err(finished());
+        };
+        let all = all && exec_id.is_empty();
+        match agent.signal(&self.id, exec_id, signal, all).await {
+            Ok(()) => Ok(()),
+            Err(error) => match self.host.pod.explain(error).await {
+                Ok(error) => Err(error.into()),
+                Err(_) => Err(finished()),
+            },
+        }
+    }
+
+    /// Sets the size of a terminal, now or when it is made.
+    pub async fn resize(&self, exec_id: &str, size: spec::ConsoleSize) -> Result<(), TaskError> {
+        let process = self.process(exec_id)?;
+        process.set_size(size);
+        let made = match process.phase() {
+            Phase::Created => exec_id.is_empty(),
+            Phase::Starting | Phase::Running => true,
+            Phase::Stopped(_) => false,
+        };
+        if !made || !process.paths.terminal {
+            return Ok(());
+        }
+        let agent = self.agent().await?;
+        match agent
+            .resize(&self.id, exec_id, size.width, size.height)
+            .await
+        {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.explained(error).await),
+        }
+    }
+
+    /// Releases the container, which must have ended or not been started. May be repeated.
+    pub async fn delete(&self) -> Result<Exit, TaskError> {
+        let mut resources = self.resources.lock().await;
+        match self.init.phase() {
+            Phase::Stopped(_) => {}
+            Phase::Created => self.kill_created().await,
+            Phase::Starting | Phase::Running => {
+                return Err(TaskError::State(format!(
+                    "Cannot delete container {}: it is running",
+                    self.id
+                )));
+            }
+        }
+        let Some(exit) = self.init.exit() else {
+            return Err(TaskError::State(format!(
+                "Cannot delete container {}: its process does not end",
+                self.id
+            )));
+        };
+        self.drain().await;
+        resources.release(&self.host, &self.id).await;
+        self.run_late_hooks("stopped").await;
+        Ok(exit)
+    }
+
+    async fn drain(&self) {
+        let execs = std::mem::take(&mut *self.execs());
+        let draining = execs.values().map(|exec| exec.process.drain());
+        tokio::join!(self.init.drain(), futures::future::join_all(draining));
+    }
+
+    /// Releases an exec'd process, which must have ended or not been started.
+    pub async fn delete_exec(&self, exec_id: &str) -> Result<(u32, Exit), TaskError> {
+        let process = self.process(exec_id)?;
+        let exit = match process.phase() {
+            Phase::Stopped(exit) => exit,
+            Phase::Created => Exit::now(0),
+            Phase::Starting | Phase::Running => {
+                return Err(TaskError::State(format!(
+                    "Cannot delete exec {exec_id}: it is running"
+                )));
+            }
+        };
+        process.drain().await;
+        // Whoever comes second finds nothing.
+        if self.execs().remove(exec_id).is_none() {
+            return Err(TaskError::NotFound(format!("exec {exec_id}")));
+        }
+        if process.pid() != 0
+            && let Some(agent) = self.host.pod.ready_agent()
+            && let Err(error) = agent.delete(&self.id, exec_id).await
+        {
+            let error = text::chain(&error);
+            tracing::warn!(exec_id, error, "The agent cannot release an exec");
+        }
+        Ok((process.pid(), exit))
+    }
+
+    /// What the container uses.
+    pub async fn stats(&self) -> Result<bulkhead_agent_api::messages::StatsResponse, TaskError> {
+        let agent = self.agent().await?;
+        match agent.stats(&self.id).await {
+            Ok(stats) => Ok(stats),
+            Err(error) => Err(self.explained(error).await),
+        }
+    }
+}

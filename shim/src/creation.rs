@@ -1,0 +1,190 @@
+//! The creation of a container, and how it is undone when a step fails.
+
+use std::{path::Path, sync::Arc};
+
+use bulkhead_agent_api::messages::CreateContainerRequest;
+use containerd_shim_protos::{
+    api::CreateTaskRequest,
+    events::task::{TaskCreate, TaskIO},
+};
+use protobuf::MessageField;
+
+use crate::{
+    agent_client::AgentClient,
+    anchor::{Anchor, Network},
+    cgroup::{self, Cgroup},
+    child::KILLED,
+    container::{Container, Host, Parts, Resources},
+    errors::TaskError,
+    events::Event,
+    hooks,
+    process::Process,
+    rootfs::Rootfs,
+    spec::Spec,
+    stdio::{Owner, Paths, Streaming},
+    timeline::Phase,
+};
+
+/// What the steps have made so far.
+#[derive(Debug, Default)]
+struct Progress {
+    resources: Resources,
+    anchor: Option<Anchor>,
+}
+
+/// Creates a container. `prefix` is the beginning of its shares' names, unused so far in the pod.
+/// When that fails, nothing of it is left.
+pub async fn create(
+    host: &Arc<Host>,
+    request: &CreateTaskRequest,
+    prefix: &str,
+) -> Result<Arc<Container>, TaskError> {
+    let mut progress = Progress::default();
+    let built = build(host, request, prefix, &mut progress).await;
+    let (spec, process, agent) = match built {
+        Ok(built) => built,
+        Err(error) => {
+            undo(host, &request.id, progress).await;
+            return Err(error);
+        }
+    };
+    let Some(anchor) = progress.anchor.take() else {
+        undo(host, &request.id, progress).await;
+        return Err(TaskError::Invalid("the container has no anchor".into()));
+    };
+    process.set_pid(anchor.pid());
+    host.events.publish(Event::Create(TaskCreate {
+        container_id: request.id.clone(),
+        bundle: request.bundle.clone(),
+        rootfs: request.rootfs.clone(),
+        io: MessageField::some(TaskIO {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+            ..TaskIO::default()
+        }),
+        checkpoint: String::new(),
+        pid: anchor.pid(),
+        ..TaskCreate::default()
+    }));
+    host.pod.timeline().reached(Phase::ContainerCreated);
+    let parts = Parts {
+        id: request.id.clone(),
+        bundle: request.bundle.clone(),
+        cgroup: cgroup::directory(spec.cgroups_path(), &host.namespace, &request.id)?,
+        spec,
+        init: process,
+        resources: progress.resources,
+    };
+    Ok(Container::new(host.clone(), parts, anchor, agent))
+}
+
+async fn undo(host: &Host, id: &str, mut progress: Progress) {
+    if let Some(anchor) = progress.anchor.take() {
+        anchor.finish(KILLED).await;
+    }
+    progress.resources.release(host, id).await;
+}
+
+async fn build(
+    host: &Arc<Host>,
+    request: &CreateTaskRequest,
+    prefix: &str,
+    progress: &mut Progress,
+) -> Result<(Spec, Arc<Process>, AgentClient), TaskError> {
+    // What is wrong with the VM comes before what follows from it.
+    if let Some(failure) = host.pod.failure() {
+        return Err(failure.into());
+    }
+    if !request.checkpoint.is_empty() {
+        return Err(TaskError::Unsupported("restoring from a checkpoint"));
+    }
+    let bundle = Path::new(&request.bundle);
+    let (spec, spec_bytes) = Spec::read(bundle)?;
+
+    let root = spec.root.as_ref().map(|root| root.path.as_path());
+    let rootfs = Rootfs::mount(bundle, &request.rootfs, root)?;
+    let rootfs = progress.resources.rootfs.insert(rootfs);
+
+    let cgroup = cgroup::directory(spec.cgroups_path(), &host.namespace, &request.id)?;
+    if host.pod_cgroup.as_ref() == Some(&cgroup) {
+        cgroup::ensure(&cgroup)?;
+    } else {
+        progress.resources.cgroup = Some(Cgroup::create(cgroup.clone())?);
+    }
+
+    let paths = Paths {
+        terminal: request.terminal,
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+    };
+    let owner = Owner {
+        namespace: &host.namespace,
+        container: &request.id,
+    };
+    let (streaming, mut stdio) =
+        Streaming::open(&paths, owner, host.pod.streams(), &host.reaper).await?;
+    let size = spec.console_size();
+    (stdio.width, stdio.height) = (size.width, size.height);
+    let process = Arc::new(Process::new(String::new(), paths, size));
+    process.set_streaming(streaming);
+
+    let network = Network::from_spec(spec.network_namespace());
+    let (anchor, agent) = tokio::join!(
+        Anchor::start(&host.reaper, &cgroup, &network, &request.id),
+        host.pod.agent(),
+    );
+    let anchor = progress.anchor.insert(anchor?);
+    let agent = agent?;
+
+    run_early_hooks(host, &spec, request, anchor.pid()).await?;
+
+    let shares = &mut progress.resources.shares;
+    let rootfs_share = shares.add_rootfs(&host.pod, prefix, rootfs).await?;
+    let mounts = spec.mounts.as_deref().unwrap_or_default();
+    let shared_mounts = shares.add_mounts(&host.pod, prefix, mounts).await?;
+
+    // Noted first: an answer that comes too late may still mean that it was created.
+    progress.resources.in_guest = true;
+    let message = CreateContainerRequest {
+        container_id: request.id.clone(),
+        spec: spec_bytes,
+        rootfs_share,
+        shared_mounts,
+        stdio: MessageField::some(stdio),
+        ..CreateContainerRequest::default()
+    };
+    if let Err(error) = agent.create(&message).await {
+        return Err(match host.pod.explain(error).await {
+            Ok(error) => error.into(),
+            Err(error) => error.into(),
+        });
+    }
+    Ok((spec, process, agent))
+}
+
+/// Hooks that may still prevent the container.
+async fn run_early_hooks(
+    host: &Host,
+    spec: &Spec,
+    request: &CreateTaskRequest,
+    pid: u32,
+) -> Result<(), TaskError> {
+    let Some(hooks) = &spec.hooks else {
+        return Ok(());
+    };
+    let none = Default::default();
+    let state = hooks::State {
+        oci_version: &spec.oci_version,
+        id: &request.id,
+        status: "creating",
+        pid,
+        bundle: request.bundle.as_ref(),
+        annotations: spec.annotations.as_ref().unwrap_or(&none),
+    };
+    hooks::run(&hooks.prestart, &state, &host.reaper).await?;
+    hooks::run(&hooks.create_runtime, &state, &host.reaper).await?;
+    Ok(())
+}

@@ -1,0 +1,191 @@
+//! The shim's daemon: one pod, from containerd's `start` to its `Shutdown`.
+
+use std::{
+    collections::HashMap, io, os::unix::net, path::PathBuf, process::ExitCode, sync::Arc,
+    time::Duration,
+};
+
+use containerd_shim_protos::shim_async::create_task;
+use futures::stream;
+use thiserror::Error;
+use tokio::{
+    net::{UnixListener, UnixStream},
+    runtime,
+    signal::unix::{SignalKind, signal},
+    time::timeout,
+};
+use tracing::Level;
+use ttrpc::asynchronous::{Server, Service as Methods, transport::Listener};
+
+use crate::{
+    address::Address,
+    cgroup,
+    child::Reaper,
+    config::Config,
+    container::Host,
+    events::Events,
+    logging,
+    pod::{Pod, PodSettings},
+    service::Service,
+    spec::Spec,
+    text,
+    timeline::{self, Phase, Timeline},
+};
+
+/// How long containerd may take for the last events. It retries nothing of a shim that is gone.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long the last answers may take to be read.
+const SERVER_DEADLINE: Duration = Duration::from_secs(2);
+
+/// The service's name in the version that containerd 1.7 speaks. The messages are the same.
+const TASK_V2: &str = "containerd.task.v2.Task";
+
+/// What `start` has found out.
+#[derive(Debug)]
+pub struct Daemon {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The first container's id.
+    pub id: String,
+    /// Name of the pod.
+    pub group: String,
+    /// The first container's bundle.
+    pub bundle: PathBuf,
+    /// Log more.
+    pub debug: bool,
+    /// `CLOCK_MONOTONIC` when `start` began to run, in nanoseconds.
+    pub started_ns: u64,
+    /// Where to serve.
+    pub address: Address,
+}
+
+/// Why the daemon cannot work.
+#[derive(Debug, Error)]
+enum DaemonError {
+    #[error("Cannot set up the runtime")]
+    Runtime(#[source] io::Error),
+    #[error("Cannot serve the task API")]
+    Serve(#[source] ttrpc::Error),
+}
+
+/// Runs the daemon until the pod is no more.
+pub fn run(settings: Daemon, spec: &Spec, listener: net::UnixListener) -> ExitCode {
+    let daemon_ns = timeline::now_ns();
+    let config = Config::load();
+    let level = match &config {
+        _ if settings.debug => Level::DEBUG,
+        Ok(config) => config.log_level.into(),
+        Err(_) => Level::INFO,
+    };
+    logging::start(&settings.bundle, level);
+    // What a container's helper leaves behind is reaped here rather than by containerd.
+    if let Err(errno) = nix::sys::prctl::set_child_subreaper(true) {
+        tracing::warn!(%errno, "Cannot become a subreaper");
+    }
+
+    let timeline = Arc::new(Timeline::default());
+    timeline.reached_at(Phase::ShimStart, settings.started_ns);
+    timeline.reached_at(Phase::ShimDaemon, daemon_ns);
+    let pod_cgroup = cgroup::directory(spec.cgroups_path(), &settings.namespace, &settings.id);
+    let host_cgroup = pod_cgroup.as_ref().ok().cloned();
+    let pod_settings = PodSettings {
+        config,
+        namespace: settings.namespace.clone(),
+        group: settings.group,
+        cgroup: pod_cgroup,
+        oom_score_adj: spec
+            .process
+            .as_ref()
+            .and_then(|process| process.oom_score_adj),
+    };
+
+    let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&DaemonError::Runtime(error), &settings.address),
+    };
+    let served = runtime.block_on(async {
+        let reaper = Reaper::start().map_err(DaemonError::Runtime)?;
+        let host = Arc::new(Host {
+            namespace: settings.namespace.clone(),
+            pod_cgroup: host_cgroup,
+            // First of all: the VM boots while containerd connects.
+            pod: Pod::boot(pod_settings, reaper.clone(), timeline),
+            events: Events::start(settings.namespace),
+            reaper,
+        });
+        serve(host, settings.address.clone(), listener).await
+    });
+    // Whatever thread still unmounts something is waited for by no one.
+    runtime.shutdown_background();
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed(&error, &settings.address),
+    }
+}
+
+fn failed(error: &DaemonError, address: &Address) -> ExitCode {
+    let error = text::chain(error);
+    tracing::error!(error, "The shim cannot work");
+    let _ = address.remove();
+    ExitCode::FAILURE
+}
+
+async fn serve(
+    host: Arc<Host>,
+    address: Address,
+    listener: net::UnixListener,
+) -> Result<(), DaemonError> {
+    listener
+        .set_nonblocking(true)
+        .map_err(DaemonError::Runtime)?;
+    let listener = UnixListener::from_std(listener).map_err(DaemonError::Runtime)?;
+    let mut terminated = signal(SignalKind::terminate()).map_err(DaemonError::Runtime)?;
+    let mut interrupted = signal(SignalKind::interrupt()).map_err(DaemonError::Runtime)?;
+
+    let service = Service::new(host.clone(), address);
+    let mut server = Server::new()
+        .add_listener(trusted_connections(listener))
+        .register_service(methods(&service));
+    server.start().await.map_err(DaemonError::Serve)?;
+
+    tokio::select! {
+        () = service.finished() => {}
+        _ = terminated.recv() => service.terminate().await,
+        _ = interrupted.recv() => service.terminate().await,
+    }
+    host.events.drain(DRAIN_DEADLINE).await;
+    let _ = timeout(SERVER_DEADLINE, server.shutdown()).await;
+    Ok(())
+}
+
+/// The task service under both of its names.
+fn methods(service: &Service) -> HashMap<String, Methods> {
+    let current = create_task(Arc::new(service.clone()));
+    let older = create_task(Arc::new(service.clone()))
+        .into_values()
+        .map(|methods| (TASK_V2.to_owned(), methods));
+    current.into_iter().chain(older).collect()
+}
+
+/// Connections of processes that run as the shim's own user.
+fn trusted_connections(listener: UnixListener) -> Listener {
+    let own = nix::unistd::geteuid().as_raw();
+    Listener::new(stream::unfold(listener, move |listener| async move {
+        loop {
+            match listener.accept().await {
+                Ok((connection, _)) if is_of(&connection, own) => {
+                    return Some((Ok(connection), listener));
+                }
+                Ok(_) => tracing::warn!("A connection of another user is refused"),
+                Err(error) => return Some((Err(error), listener)),
+            }
+        }
+    }))
+}
+
+fn is_of(connection: &UnixStream, user: u32) -> bool {
+    connection
+        .peer_cred()
+        .is_ok_and(|credentials| credentials.uid() == user)
+}

@@ -1,0 +1,444 @@
+//! Mounts on the host, as containerd's snapshotters ask for them.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags, mount, umount2},
+};
+use thiserror::Error;
+
+/// mount(2) takes one page of options, its last byte being zero.
+const MAX_OPTIONS: usize = 4095;
+
+/// How many mounts may be stacked on one directory when it is cleaned up.
+const MAX_STACKED: usize = 64;
+
+/// A mount that failed.
+#[derive(Debug, Error)]
+pub enum MountError {
+    /// mount(2) failed.
+    #[error("Cannot mount {source_name} ({kind}) on {target}")]
+    Mount {
+        /// What is mounted.
+        source_name: String,
+        /// The file system's type.
+        kind: String,
+        /// Where.
+        target: PathBuf,
+        /// The system's error.
+        #[source]
+        source: Errno,
+    },
+    /// The options do not fit, however they are written.
+    #[error("The options for {target} are {length} bytes long; the kernel takes {MAX_OPTIONS}")]
+    TooLong {
+        /// Where.
+        target: PathBuf,
+        /// Their length in bytes.
+        length: usize,
+    },
+    /// A path or option has a zero byte.
+    #[error("A mount for {0} has a zero byte in its options")]
+    ZeroByte(PathBuf),
+    /// The working directory cannot be changed or restored.
+    #[error("Cannot change to {path}")]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+    /// A file cannot be made a block device.
+    #[error("Cannot attach {path} to a loop device")]
+    Loop {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+    /// Not yet.
+    #[error("Mount option {0:?} is not supported")]
+    Option(String),
+}
+
+/// The options of a mount, taken apart.
+#[derive(Debug, PartialEq, Eq)]
+struct Options {
+    flags: MsFlags,
+    attach_loop: bool,
+    data: Vec<String>,
+}
+
+/// Options of mount(8) that are flags of mount(2): name, flag, whether it is set or cleared.
+const FLAGS: [(&str, MsFlags, bool); 25] = [
+    ("ro", MsFlags::MS_RDONLY, true),
+    ("rw", MsFlags::MS_RDONLY, false),
+    ("nosuid", MsFlags::MS_NOSUID, true),
+    ("suid", MsFlags::MS_NOSUID, false),
+    ("nodev", MsFlags::MS_NODEV, true),
+    ("dev", MsFlags::MS_NODEV, false),
+    ("noexec", MsFlags::MS_NOEXEC, true),
+    ("exec", MsFlags::MS_NOEXEC, false),
+    ("sync", MsFlags::MS_SYNCHRONOUS, true),
+    ("async", MsFlags::MS_SYNCHRONOUS, false),
+    ("dirsync", MsFlags::MS_DIRSYNC, true),
+    ("remount", MsFlags::MS_REMOUNT, true),
+    ("mand", MsFlags::MS_MANDLOCK, true),
+    ("nomand", MsFlags::MS_MANDLOCK, false),
+    ("noatime", MsFlags::MS_NOATIME, true),
+    ("atime", MsFlags::MS_NOATIME, false),
+    ("nodiratime", MsFlags::MS_NODIRATIME, true),
+    ("diratime", MsFlags::MS_NODIRATIME, false),
+    ("relatime", MsFlags::MS_RELATIME, true),
+    ("norelatime", MsFlags::MS_RELATIME, false),
+    ("strictatime", MsFlags::MS_STRICTATIME, true),
+    ("nostrictatime", MsFlags::MS_STRICTATIME, false),
+    ("silent", MsFlags::MS_SILENT, true),
+    ("loud", MsFlags::MS_SILENT, false),
+    ("defaults", MsFlags::empty(), true),
+];
+
+impl Options {
+    fn parse(kind: &str, options: &[String]) -> Result<Self, MountError> {
+        let mut parsed = Self {
+            flags: MsFlags::empty(),
+            attach_loop: false,
+            data: Vec::new(),
+        };
+        if kind == "bind" {
+            parsed.flags |= MsFlags::MS_BIND;
+        }
+        for option in options {
+            if let Some((_, flag, set)) = FLAGS.iter().find(|(name, ..)| name == option) {
+                parsed.flags.set(*flag, *set);
+                continue;
+            }
+            match option.as_str() {
+                "" => {}
+                "bind" => parsed.flags |= MsFlags::MS_BIND,
+                "rbind" => parsed.flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
+                "loop" => parsed.attach_loop = true,
+                // Mounts with other ids are made by containerd for user namespaces of the host.
+                id if id.starts_with("uidmap=") || id.starts_with("gidmap=") => {
+                    return Err(MountError::Option(option.clone()));
+                }
+                // For programs, not for the kernel (mount(8)).
+                note if note.starts_with("x-") || note.starts_with("X-") => {}
+                data => parsed.data.push(data.to_owned()),
+            }
+        }
+        Ok(parsed)
+    }
+}
+
+/// Mounts `source` on `target`, which exists.
+pub fn mount_on(
+    kind: &str,
+    source: &str,
+    options: &[String],
+    target: &Path,
+) -> Result<(), MountError> {
+    let options = Options::parse(kind, options)?;
+    let failed = |errno| MountError::Mount {
+        source_name: source.to_owned(),
+        kind: kind.to_owned(),
+        target: target.to_owned(),
+        source: errno,
+    };
+    const NONE: Option<&str> = None;
+    if options.flags.contains(MsFlags::MS_BIND) {
+        let bind = MsFlags::MS_BIND | (options.flags & MsFlags::MS_REC);
+        mount(Some(source), target, NONE, bind, NONE).map_err(failed)?;
+        // A bind mount takes its flags only when it is mounted again (mount(2)).
+        let rest = options.flags.difference(MsFlags::MS_BIND | MsFlags::MS_REC);
+        if !rest.is_empty() {
+            let again = rest | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
+            if let Err(errno) = mount(NONE, target, NONE, again, NONE) {
+                unmount_all(target);
+                return Err(failed(errno));
+            }
+        }
+        return Ok(());
+    }
+    let device = options
+        .attach_loop
+        .then(|| {
+            attach_loop(
+                Path::new(source),
+                options.flags.contains(MsFlags::MS_RDONLY),
+            )
+        })
+        .transpose()
+        .map_err(|error| MountError::Loop {
+            path: source.into(),
+            source: error,
+        })?;
+    let source = device
+        .as_ref()
+        .map_or_else(|| source.to_owned(), |device| device.path.clone());
+    let data = options.data.join(",");
+    if data.contains('\0') {
+        return Err(MountError::ZeroByte(target.to_owned()));
+    }
+    if data.len() <= MAX_OPTIONS {
+        return mount(
+            Some(source.as_str()),
+            target,
+            Some(kind),
+            options.flags,
+            Some(data.as_str()),
+        )
+        .map_err(failed);
+    }
+    // Many layers: name them from the directory that they share.
+    let Some((directory, data)) = relative_layers(&options.data) else {
+        return Err(MountError::TooLong {
+            target: target.to_owned(),
+            length: data.len(),
+        });
+    };
+    if data.len() > MAX_OPTIONS {
+        return Err(MountError::TooLong {
+            target: target.to_owned(),
+            length: data.len(),
+        });
+    }
+    let _inside = WorkingDirectory::change(&directory)?;
+    mount(
+        Some(source.as_str()),
+        target,
+        Some(kind),
+        options.flags,
+        Some(data.as_str()),
+    )
+    .map_err(failed)
+}
+
+/// The longest directory that all of overlay's lower layers share, and the options with the layers
+/// named from there. `None` when there is no such directory.
+fn relative_layers(options: &[String]) -> Option<(PathBuf, String)> {
+    const KEY: &str = "lowerdir=";
+    let layers: Vec<&str> = options
+        .iter()
+        .find_map(|option| option.strip_prefix(KEY))?
+        .split(':')
+        .collect();
+    let mut shared = Path::new(layers.first()?).parent()?;
+    while !layers
+        .iter()
+        .all(|layer| Path::new(layer) != shared && Path::new(layer).starts_with(shared))
+    {
+        shared = shared.parent()?;
+    }
+    if !shared.is_absolute() || shared.parent().is_none() {
+        return None;
+    }
+    let prefix = format!("{}/", shared.to_str()?);
+    let relative: Option<Vec<&str>> = layers
+        .iter()
+        .map(|layer| layer.strip_prefix(prefix.as_str()))
+        .collect();
+    let relative = format!("{KEY}{}", relative?.join(":"));
+    let options: Vec<&str> = options
+        .iter()
+        .map(|option| {
+            if option.starts_with(KEY) {
+                relative.as_str()
+            } else {
+                option.as_str()
+            }
+        })
+        .collect();
+    Some((shared.to_owned(), options.join(",")))
+}
+
+/// Another working directory, until this is dropped. The shim has one thread, and names nothing
+/// relative to its working directory.
+struct WorkingDirectory {
+    before: OwnedFd,
+}
+
+impl WorkingDirectory {
+    fn change(path: &Path) -> Result<Self, MountError> {
+        let failed = |source| MountError::Directory {
+            path: path.to_owned(),
+            source,
+        };
+        let before = File::open(".").map_err(failed)?.into();
+        std::env::set_current_dir(path).map_err(failed)?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for WorkingDirectory {
+    fn drop(&mut self) {
+        if let Err(errno) = nix::unistd::fchdir(self.before.as_fd()) {
+            tracing::error!(%errno, "Cannot return to the working directory");
+        }
+    }
+}
+
+/// Takes every mount off `target`, with those below. A mount that is in use goes as soon as it is
+/// no longer.
+pub fn unmount_all(target: &Path) {
+    for _ in 0..MAX_STACKED {
+        let result = match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
+            Err(Errno::EBUSY) => umount2(target, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH),
+            result => result,
+        };
+        match result {
+            Ok(()) | Err(Errno::EINTR) => {}
+            // Nothing is mounted there, or nothing is there.
+            Err(Errno::EINVAL | Errno::ENOENT) => return,
+            Err(errno) => {
+                tracing::warn!(target = %target.display(), %errno, "Cannot unmount");
+                return;
+            }
+        }
+    }
+}
+
+/// A loop device that goes when its last user does.
+struct LoopDevice {
+    path: String,
+    _open: File,
+}
+
+/// `struct loop_info64` of <linux/loop.h>
+#[repr(C)]
+struct LoopInfo {
+    numbers: [u64; 5],
+    number: u32,
+    encrypt: [u32; 2],
+    flags: u32,
+    file_name: [u8; 64],
+    crypt_name: [u8; 64],
+    encrypt_key: [u8; 32],
+    init: [u64; 2],
+}
+
+/// `struct loop_config` of <linux/loop.h>
+#[repr(C)]
+struct LoopConfig {
+    fd: u32,
+    block_size: u32,
+    info: LoopInfo,
+    reserved: [u64; 8],
+}
+
+const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;
+const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
+const LO_FLAGS_READ_ONLY: u32 = 1;
+const LO_FLAGS_AUTOCLEAR: u32 = 4;
+
+fn attach_loop(file: &Path, read_only: bool) -> io::Result<LoopDevice> {
+    let backing = File::options().read(true).write(!read_only).open(file)?;
+    let control = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/loop-control")?;
+    loop {
+        // SAFETY: LOOP_CTL_GET_FREE takes no argument.
+        let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) };
+        if number < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let path = format!("/dev/loop{number}");
+        let device = File::options().read(true).write(!read_only).open(&path)?;
+        let read_only = if read_only { LO_FLAGS_READ_ONLY } else { 0 };
+        let config = LoopConfig {
+            fd: u32::try_from(backing.as_raw_fd()).map_err(io::Error::other)?,
+            block_size: 0,
+            info: LoopInfo {
+                numbers: [0; 5],
+                number: 0,
+                encrypt: [0; 2],
+                flags: LO_FLAGS_AUTOCLEAR | read_only,
+                file_name: [0; 64],
+                crypt_name: [0; 64],
+                encrypt_key: [0; 32],
+                init: [0; 2],
+            },
+            reserved: [0; 8],
+        };
+        // SAFETY: `config` has the layout that the kernel reads, and outlives the call.
+        let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) };
+        if result == 0 {
+            return Ok(LoopDevice {
+                path,
+                _open: device,
+            });
+        }
+        let error = io::Error::last_os_error();
+        // Somebody else was faster; there is another one.
+        if error.raw_os_error() != Some(libc::EBUSY) {
+            return Err(error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(kind: &str, options: &[&str]) -> Result<Options, MountError> {
+        let owned: Vec<String> = options.iter().map(|&option| option.into()).collect();
+        Options::parse(kind, &owned)
+    }
+
+    #[test]
+    fn flags_are_told_from_data() {
+        let parsed = options("overlay", &["ro", "nosuid", "index=off", "lowerdir=/a:/b"]).unwrap();
+        assert_eq!(parsed.flags, MsFlags::MS_RDONLY | MsFlags::MS_NOSUID);
+        assert_eq!(parsed.data, ["index=off", "lowerdir=/a:/b"]);
+    }
+
+    #[test]
+    fn the_last_flag_wins() {
+        assert!(options("ext4", &["ro", "rw"]).unwrap().flags.is_empty());
+    }
+
+    #[test]
+    fn binds_are_told_by_type_and_by_option() {
+        assert_eq!(options("bind", &[]).unwrap().flags, MsFlags::MS_BIND);
+        assert_eq!(
+            options("none", &["rbind"]).unwrap().flags,
+            MsFlags::MS_BIND | MsFlags::MS_REC
+        );
+    }
+
+    #[test]
+    fn loops_and_notes_do_not_reach_the_kernel() {
+        let parsed = options("ext4", &["loop", "x-note"]).unwrap();
+        assert!(parsed.attach_loop && parsed.data.is_empty());
+        assert!(matches!(
+            options("overlay", &["uidmap=0:1:2"]),
+            Err(MountError::Option(_))
+        ));
+    }
+
+    #[test]
+    fn layers_are_named_from_their_directory() {
+        let options = [
+            "workdir=/s/9/work".to_owned(),
+            "lowerdir=/s/snapshots/1/fs:/s/snapshots/2/fs".to_owned(),
+        ];
+        assert_eq!(
+            relative_layers(&options),
+            Some((
+                "/s/snapshots".into(),
+                "workdir=/s/9/work,lowerdir=1/fs:2/fs".into()
+            ))
+        );
+        assert_eq!(relative_layers(&["lowerdir=/a:/b".to_owned()]), None);
+        assert_eq!(relative_layers(&["lowerdir=a:b".to_owned()]), None);
+    }
+}

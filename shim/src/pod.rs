@@ -1,0 +1,418 @@
+//! A pod: one VM, from its boot to its end.
+//!
+//! ```text
+//! Booting ──agent connects──▶ Ready ──┐
+//!    └───────────────────────────────▶┴──▶ Ended(reason)
+//! ```
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use bulkhead_agent_api::{AGENT_PORT, STREAM_PORT};
+use bulkhead_rootfs_builder::{VerifyError, verify};
+use bulkhead_vmm_control::{Counters, Reply, Request};
+use thiserror::Error;
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep_until, timeout},
+};
+
+use crate::{
+    agent_client::{AgentClient, AgentError},
+    cgroup::{Cgroup, CgroupError},
+    child::Reaper,
+    config::{Config, ConfigError},
+    state::{StateDirectory, StateError},
+    streams::Streams,
+    text,
+    timeline::{GuestTimes, Phase, Timeline},
+    vmm_process::{Notice, VmmError, VmmProcess, VmmSettings},
+};
+
+/// How long a guest may take until its agent connects. Generous, because the host may be emulated;
+/// a guest that cannot boot ends by itself much sooner.
+const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How long to wait for the VMM to tell why the agent's connection is gone.
+const EXPLANATION_DEADLINE: Duration = Duration::from_secs(3);
+
+/// How long a killed VMM may take to give its memory back.
+const EXIT_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Where KVM is.
+const KVM: &str = "/dev/kvm";
+
+/// Name of the memory of verified files, in the state directory of all pods.
+const VERIFIED: &str = "verified.json";
+
+/// Why a pod is not there.
+#[derive(Debug, Clone, Error)]
+pub enum PodError {
+    /// The VM did not come up.
+    #[error("Cannot start the VM: {0}")]
+    Boot(Arc<str>),
+    /// The VM was up and has ended.
+    #[error("The VM has ended: {0}")]
+    Ended(Arc<str>),
+}
+
+/// Why a boot failed.
+#[derive(Debug, Error)]
+enum BootError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("Cannot open {KVM}: {source}; {hint}")]
+    Kvm {
+        source: io::Error,
+        hint: &'static str,
+    },
+    #[error("The guest's files cannot be used")]
+    Guest(#[source] VerifyError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    #[error("{0}")]
+    Died(String),
+}
+
+#[derive(Debug, Clone)]
+enum State {
+    Booting,
+    Ready(AgentClient),
+    Ended(PodError),
+}
+
+/// What a pod is made from.
+#[derive(Debug)]
+pub struct PodSettings {
+    /// The machine's configuration, or why there is none.
+    pub config: Result<Config, ConfigError>,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Name of the pod.
+    pub group: String,
+    /// Directory of the pod's own cgroup.
+    pub cgroup: Result<PathBuf, CgroupError>,
+    /// OOM preference of the VMM.
+    pub oom_score_adj: Option<i32>,
+}
+
+/// What a pod owns on the host beside the VMM. Released when the pod is stopped.
+#[derive(Debug, Default)]
+struct Belongings {
+    vmm: Option<Arc<VmmProcess>>,
+    cgroup: Option<Cgroup>,
+    state: Option<StateDirectory>,
+}
+
+/// A pod.
+#[derive(Debug)]
+pub struct Pod {
+    state: watch::Sender<State>,
+    belongings: Mutex<Belongings>,
+    streams: Arc<Streams>,
+    timeline: Arc<Timeline>,
+}
+
+impl Pod {
+    /// Starts a pod's VM in the background.
+    pub fn boot(settings: PodSettings, reaper: Reaper, timeline: Arc<Timeline>) -> Arc<Self> {
+        let pod = Arc::new(Self {
+            state: watch::Sender::new(State::Booting),
+            belongings: Mutex::default(),
+            streams: Streams::new(),
+            timeline,
+        });
+        let running = pod.clone();
+        tokio::spawn(async move {
+            let deadline = Instant::now() + BOOT_DEADLINE;
+            match running.start(settings, &reaper).await {
+                Ok(notices) => running.run(notices, deadline).await,
+                Err(error) => running.end(&text::chain(&error)),
+            }
+        });
+        pod
+    }
+
+    fn belongings(&self) -> MutexGuard<'_, Belongings> {
+        self.belongings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The streams that the guest dials.
+    pub fn streams(&self) -> &Arc<Streams> {
+        &self.streams
+    }
+
+    /// The record of the start.
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
+    }
+
+    /// Why the pod is not there any more, if so.
+    pub fn failure(&self) -> Option<PodError> {
+        match &*self.state.borrow() {
+            State::Ended(error) => Some(error.clone()),
+            State::Booting | State::Ready(_) => None,
+        }
+    }
+
+    /// Builds everything up to a running guest.
+    async fn start(
+        &self,
+        settings: PodSettings,
+        reaper: &Reaper,
+    ) -> Result<mpsc::Receiver<Notice>, BootError> {
+        let config = settings.config?;
+        let kvm = open_kvm()?;
+        let guest = verify(&config.guest_dir, &config.state_dir.join(VERIFIED))
+            .map_err(BootError::Guest)?;
+        if let Some(error) = &guest.cache_error {
+            let error = text::chain(error);
+            tracing::warn!(error, "Guest files will be verified again");
+        }
+        let state =
+            StateDirectory::create(&config.state_dir, &settings.namespace, &settings.group)?;
+        let console = config.console.then(|| state.console()).transpose()?;
+        let cgroup = Cgroup::create(settings.cgroup?)?;
+        let procs = cgroup.procs()?;
+        {
+            let mut belongings = self.belongings();
+            belongings.state = Some(state);
+            belongings.cgroup = Some(cgroup);
+        }
+        let (vmm, notices) = VmmProcess::spawn(
+            VmmSettings {
+                path: &config.vmm_path()?,
+                cgroup: procs,
+                oom_score_adj: settings.oom_score_adj,
+            },
+            reaper,
+        )?;
+        let vmm = Arc::new(vmm);
+        self.belongings().vmm = Some(vmm.clone());
+        self.timeline.reached(Phase::VmmSpawned);
+        let mut fds = vec![kvm.as_fd(), guest.vmlinux.as_fd(), guest.initramfs.as_fd()];
+        fds.extend(console.as_ref().map(AsFd::as_fd));
+        match vmm.order(&Request::Boot(config.vm()), &fds).await {
+            Err(VmmError::Gone) => return Err(BootError::Died(last_reason(notices).await)),
+            result => result?,
+        }
+        self.timeline.reached(Phase::VmmBooted);
+        Ok(notices)
+    }
+
+    /// Serves a running VM until its end.
+    async fn run(self: Arc<Self>, mut notices: mpsc::Receiver<Notice>, deadline: Instant) {
+        loop {
+            let booting = matches!(*self.state.borrow(), State::Booting);
+            tokio::select! {
+                notice = notices.recv() => match notice {
+                    Some(Notice::Connection { port: AGENT_PORT, stream }) if booting => {
+                        self.timeline.reached(Phase::AgentReady);
+                        let agent = AgentClient::new(stream);
+                        tokio::spawn(self.clone().measure(agent.clone()));
+                        self.state.send_replace(State::Ready(agent));
+                    }
+                    Some(Notice::Connection { port: STREAM_PORT, stream }) if !booting => {
+                        self.streams.accept(stream);
+                    }
+                    Some(Notice::Connection { port, .. }) => {
+                        tracing::warn!(port, "The guest dialled a port it may not; closed");
+                    }
+                    Some(Notice::Ended { reason }) => return self.end(&reason),
+                    None => return self.end("the VMM is gone"),
+                },
+                () = sleep_until(deadline), if booting => {
+                    return self.end(&format!(
+                        "the guest's agent did not answer within {} s",
+                        BOOT_DEADLINE.as_secs()
+                    ));
+                }
+            }
+        }
+    }
+
+    /// Asks for what the timeline tells beyond the shim's own times.
+    async fn measure(self: Arc<Self>, agent: AgentClient) {
+        let counters = self.counters().await.ok();
+        if let Some(counters) = &counters {
+            self.timeline
+                .reached_at(Phase::KernelEntered, counters.entered_ns);
+        }
+        let guest = agent.info().await.ok().map(|info| GuestTimes {
+            agent_started_ns: info.started_ns,
+            agent_ready_ns: info.ready_ns,
+        });
+        self.timeline
+            .set_guest(counters.map(|counters| counters.exits), guest);
+    }
+
+    /// Writes the timeline into the pod's state directory.
+    pub fn write_timeline(&self) {
+        let belongings = self.belongings();
+        if let Some(state) = &belongings.state
+            && let Err(error) = self.timeline.write(state.path())
+        {
+            tracing::warn!(%error, "Cannot write the timeline");
+        }
+    }
+
+    /// Ends the pod: the first reason stays.
+    fn end(&self, reason: &str) {
+        if let Some(vmm) = &self.belongings().vmm {
+            vmm.kill();
+        }
+        self.state.send_if_modified(|state| {
+            let error = match state {
+                State::Booting => PodError::Boot(reason.into()),
+                State::Ready(_) => PodError::Ended(reason.into()),
+                State::Ended(_) => return false,
+            };
+            let message = error.to_string();
+            tracing::warn!(message, "The pod has ended");
+            *state = State::Ended(error);
+            true
+        });
+    }
+
+    /// The agent, as soon as it is ready. The boot's own deadline bounds the wait.
+    pub async fn agent(&self) -> Result<AgentClient, PodError> {
+        let mut state = self.state.subscribe();
+        let settled = state
+            .wait_for(|state| !matches!(state, State::Booting))
+            .await
+            .map(|state| state.clone());
+        match settled {
+            Ok(State::Ready(agent)) => Ok(agent),
+            Ok(State::Ended(error)) => Err(error),
+            Ok(State::Booting) | Err(_) => Err(PodError::Boot("the shim is ending".into())),
+        }
+    }
+
+    /// The agent, if it is ready.
+    pub fn ready_agent(&self) -> Option<AgentClient> {
+        match &*self.state.borrow() {
+            State::Ready(agent) => Some(agent.clone()),
+            State::Booting | State::Ended(_) => None,
+        }
+    }
+
+    /// Waits for the end of the pod.
+    pub async fn ended(&self) -> PodError {
+        let mut state = self.state.subscribe();
+        loop {
+            if let State::Ended(error) = &*state.borrow_and_update() {
+                return error.clone();
+            }
+            if state.changed().await.is_err() {
+                return PodError::Ended("the shim is ending".into());
+            }
+        }
+    }
+
+    /// The cause of a lost connection to the agent. The connection has no second try: a VM whose
+    /// agent is gone is ended.
+    pub async fn explain(&self, error: AgentError) -> Result<AgentError, PodError> {
+        if !matches!(error, AgentError::Gone) {
+            return Ok(error);
+        }
+        match timeout(EXPLANATION_DEADLINE, self.ended()).await {
+            Ok(cause) => Err(cause),
+            Err(_) => {
+                self.end("the connection to the guest's agent is lost");
+                Err(self.ended().await)
+            }
+        }
+    }
+
+    fn vmm(&self) -> Result<Arc<VmmProcess>, VmmError> {
+        self.belongings().vmm.clone().ok_or(VmmError::Gone)
+    }
+
+    /// Makes a directory or file of the host visible to the guest.
+    pub async fn share(
+        &self,
+        name: &str,
+        tree: BorrowedFd<'_>,
+        read_only: bool,
+        exclusive: bool,
+    ) -> Result<(), VmmError> {
+        let request = Request::Share {
+            name: name.to_owned(),
+            read_only,
+            exclusive,
+        };
+        self.vmm()?.order(&request, &[tree]).await
+    }
+
+    /// Takes it away. Afterwards the VMM holds nothing of it.
+    pub async fn unshare(&self, name: &str) -> Result<(), VmmError> {
+        let request = Request::Unshare {
+            name: name.to_owned(),
+        };
+        self.vmm()?.order(&request, &[]).await
+    }
+
+    async fn counters(&self) -> Result<Counters, VmmError> {
+        match self.vmm()?.request(&Request::Counters, &[]).await? {
+            Reply::Counters(counters) => Ok(counters),
+            _ => Err(VmmError::Mismatch),
+        }
+    }
+
+    /// Kills the VM.
+    pub fn kill(&self) {
+        self.end("it was shut down");
+    }
+
+    /// Ends the VM and releases everything that the pod has on the host.
+    pub async fn stop(&self) {
+        self.kill();
+        let vmm = self.belongings().vmm.clone();
+        if let Some(vmm) = vmm
+            && timeout(EXIT_DEADLINE, vmm.exited()).await.is_err()
+        {
+            tracing::error!("The VMM does not die");
+        }
+        let released = std::mem::take(&mut *self.belongings());
+        drop(released);
+    }
+}
+
+/// Why a VMM ended that is gone already.
+async fn last_reason(mut notices: mpsc::Receiver<Notice>) -> String {
+    while let Some(notice) = notices.recv().await {
+        if let Notice::Ended { reason } = notice {
+            return reason;
+        }
+    }
+    VmmError::Gone.to_string()
+}
+
+fn open_kvm() -> Result<File, BootError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(Path::new(KVM))
+        .map_err(|source| BootError::Kvm {
+            hint: match source.kind() {
+                io::ErrorKind::PermissionDenied => "the shim must run as root",
+                _ => {
+                    "load the kernel module kvm_intel or kvm_amd, and enable virtualization in \
+                     the firmware or for this virtual machine"
+                }
+            },
+            source,
+        })
+}
