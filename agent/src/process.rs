@@ -23,7 +23,7 @@ use crate::{
         protocol::{Channel, Reply, Request, RequestFds, START, receive_reply},
     },
     stream::{Streams, resize},
-    transport::Stream,
+    transport::{Stream, watch},
 };
 
 /// For a stage to set a process up. Far above what any set-up takes, also on an emulated CPU.
@@ -254,8 +254,8 @@ fn spawn_stage(
     if let Ok(pid) = i32::try_from(child.id()) {
         drop(reaper.claim(pid));
     }
-    let fd = AsyncFd::register_with_interest(nonblocking(channel.into_fd())?, Interest::READABLE)
-        .map_err(|error| failed("watch the stage")(error.into()))?;
+    let fd = watch(nonblocking(channel.into_fd())?, Interest::READABLE)
+        .map_err(failed("watch the stage"))?;
     Ok(StageChannel { fd })
 }
 

@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     io,
+    os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -12,7 +13,12 @@ use nix::sys::{
     signalfd::{SfdFlags, SignalFd},
 };
 use rustix::process::{WaitOptions, wait};
-use tokio::{io::unix::AsyncFd, sync::watch};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::watch,
+};
+
+use crate::transport;
 
 /// Statuses kept for children that nobody has asked for yet.
 const UNCLAIMED_MAX: usize = 256;
@@ -52,7 +58,10 @@ impl Reaper {
         signals.add(Signal::SIGCHLD);
         signals.thread_block()?;
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-        let signals = AsyncFd::register(SignalFd::with_flags(&signals, flags)?)?;
+        let signals = SignalFd::with_flags(&signals, flags)?
+            .as_fd()
+            .try_clone_to_owned()?;
+        let signals = transport::watch(signals, Interest::READABLE)?;
         let reaper = Arc::new(Self::default());
         let running = Arc::clone(&reaper);
         tokio::spawn(async move {
@@ -116,9 +125,10 @@ impl Reaper {
 }
 
 /// Waits for at least one SIGCHLD. Several children may stand behind one.
-async fn drain(signals: &AsyncFd<SignalFd>) -> io::Result<()> {
+async fn drain(signals: &AsyncFd<OwnedFd>) -> io::Result<()> {
     let mut guard = signals.readable().await?;
-    while signals.get_ref().read_signal()?.is_some() {}
+    // What they say does not matter, only that they have come.
+    while rustix::io::read(signals.get_ref(), &mut [0; 1024]).is_ok() {}
     guard.clear_ready();
     Ok(())
 }

@@ -61,6 +61,13 @@ pub async fn connected(socket: OwnedFd) -> io::Result<Stream> {
     }
 }
 
+/// Registers a non-blocking descriptor with the runtime, inside of which this must be called.
+pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` names the same open descriptor until it is dropped, and nothing here
+    // puts another into its place by `get_mut`.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
+}
+
 /// A non-blocking descriptor (socket, pipe, terminal) as a byte stream.
 #[derive(Debug)]
 pub struct Stream {
@@ -73,8 +80,7 @@ impl Stream {
         let flags = rustix::fs::fcntl_getfl(&fd)?;
         rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
         // A terminal's master gives no end-of-file by itself but EIO, which a read reports.
-        let fd = AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE)
-            .map_err(io::Error::from)?;
+        let fd = watch(fd, Interest::READABLE | Interest::WRITABLE)?;
         Ok(Self { fd })
     }
 

@@ -13,7 +13,7 @@ use std::{
 use oci_spec::runtime::LinuxResources;
 use rustix::fs::{Mode, OFlags, inotify};
 use thiserror::Error;
-use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, unix::AsyncFd};
 
 /// What went wrong with a cgroup.
 #[derive(Debug, Error)]
@@ -165,7 +165,7 @@ impl Cgroup {
             let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
             let watcher = inotify::init(flags)?;
             inotify::add_watch(&watcher, &file, inotify::WatchFlags::MODIFY)?;
-            AsyncFd::register(watcher).map_err(io::Error::from)
+            crate::transport::watch(watcher, Interest::READABLE)
         };
         let events = watch().map_err(file_error("watch", &file))?;
         loop {
