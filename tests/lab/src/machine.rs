@@ -64,7 +64,7 @@ impl Machine {
             .arg(&initramfs)
             .args([
                 "-append",
-                "console=ttyS0 quiet panic=-1 reboot=t mitigations=off",
+                "console=ttyS0 quiet panic=-1 reboot=t mitigations=off no_timer_check nowatchdog",
             ])
             .arg("-drive")
             .arg(format!(
