@@ -8,6 +8,7 @@ use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error};
+use crate::step::Step;
 
 /// The cache directory, which the guest's kernel is kept in too.
 #[derive(Debug, Clone)]
@@ -51,8 +52,13 @@ impl Cache {
         let lock_path = self.root.join(format!("{name}.lock"));
         let lock =
             fs::File::create(&lock_path).context(|| format!("create {}", lock_path.display()))?;
-        flock(lock.as_fd(), FlockOperation::LockExclusive)
-            .context(|| format!("lock {}", lock_path.display()))?;
+        if flock(lock.as_fd(), FlockOperation::NonBlockingLockExclusive).is_err() {
+            // It ends, for each of its steps has a deadline.
+            let step = Step::start(format!("Waiting for another build of {name}"));
+            flock(lock.as_fd(), FlockOperation::LockExclusive)
+                .context(|| format!("lock {}", lock_path.display()))?;
+            step.done();
+        }
         if entry.exists() {
             return Ok(entry);
         }
