@@ -1,0 +1,173 @@
+//! Boots a kernel and an initramfs under `bulkhead-vmm` as the shim does, for work on the VMM
+//! without containerd:
+//!
+//! ```text
+//! boot [--vmm FILE] [--vcpus N] [--memory MIB] [--args TEXT] [--console FILE]
+//!      [--share NAME=PATH] [--seconds N] KERNEL INITRAMFS
+//! ```
+//!
+//! It prints every event, with the counters at each connection, and sends back whatever the guest
+//! writes to a connection. It ends when the VM does, or after `--seconds`.
+
+use std::{
+    error::Error,
+    fs::File,
+    io::{Read, Write},
+    net::Shutdown,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::{fs::OpenOptionsExt, net::UnixStream, process::CommandExt},
+    },
+    path::PathBuf,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use bulkhead_vmm_control::{CONTROL_FD, Channel, Event, FromVmm, Packet, Reply, Request, VmConfig};
+
+struct Options {
+    vmm: PathBuf,
+    config: VmConfig,
+    console: Option<PathBuf>,
+    share: Option<(String, PathBuf)>,
+    seconds: Option<u64>,
+    files: Vec<PathBuf>,
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let options = options()?;
+    let [kernel, initramfs] = &options.files[..] else {
+        return Err("needs a kernel and an initramfs".into());
+    };
+    let begin = Instant::now();
+    let (ours, theirs) = Channel::pair()?;
+    let mut vmm = spawn(&options.vmm, theirs)?;
+    let mut files = vec![
+        File::options().read(true).write(true).open("/dev/kvm")?,
+        File::open(kernel)?,
+        File::open(initramfs)?,
+    ];
+    if let Some(path) = &options.console {
+        files.push(File::options().append(true).create(true).open(path)?);
+    }
+    let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+    ours.send(&Request::Boot(options.config.clone()), &fds)?;
+    if let Some((name, path)) = &options.share {
+        let root = File::options()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(path)?;
+        let request = Request::Share {
+            name: name.clone(),
+            read_only: false,
+            exclusive: true,
+        };
+        ours.send(&request, &[root.as_fd()])?;
+    }
+    if let Some(seconds) = options.seconds {
+        let pid = rustix::process::Pid::from_child(&vmm);
+        thread::spawn(move || {
+            thread::sleep(Duration::from_secs(seconds));
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL)
+        });
+    }
+    while let Some(Packet { message, fds }) = ours.receive::<FromVmm>()? {
+        let at = begin.elapsed();
+        match message {
+            FromVmm::Event(Event::Connection { port }) => {
+                println!("{at:?} connection to port {port}");
+                ours.send(&Request::Counters, &[])?;
+                for fd in fds {
+                    thread::spawn(|| echo(fd));
+                }
+            }
+            FromVmm::Event(Event::Stopped { reason, console }) => {
+                println!("{at:?} stopped: {reason:?}\n{console}");
+            }
+            FromVmm::Reply(Reply::Counters(counters)) => println!("{at:?} {counters:#?}"),
+            FromVmm::Reply(reply) => println!("{at:?} {reply:?}"),
+        }
+    }
+    println!("{:?} {}", begin.elapsed(), vmm.wait()?);
+    Ok(())
+}
+
+/// Starts the VMM with the socket as its descriptor 3.
+fn spawn(path: &PathBuf, socket: Channel) -> std::io::Result<std::process::Child> {
+    let socket = OwnedFd::from(socket);
+    let mut command = Command::new(path);
+    // SAFETY: dup2(2) and fcntl(2) are async-signal-safe, and the socket lives until the child has
+    // its copy.
+    unsafe {
+        let raw = socket.as_raw_fd();
+        command.pre_exec(move || {
+            let result = if raw == CONTROL_FD {
+                libc::fcntl(raw, libc::F_SETFD, 0)
+            } else {
+                libc::dup2(raw, CONTROL_FD)
+            };
+            match result {
+                -1 => Err(std::io::Error::last_os_error()),
+                _ => Ok(()),
+            }
+        });
+    }
+    command.spawn()
+}
+
+fn echo(fd: OwnedFd) {
+    let mut stream = UnixStream::from(fd);
+    let mut buffer = vec![0; 64 * 1024];
+    let (mut bytes, begin) = (0, Instant::now());
+    while let Ok(count @ 1..) = stream.read(&mut buffer) {
+        if stream.write_all(&buffer[..count]).is_err() {
+            break;
+        }
+        bytes += count;
+    }
+    // The guest may be gone already.
+    let _ = stream.shutdown(Shutdown::Write);
+    println!("connection ended: {bytes} bytes in {:?}", begin.elapsed());
+}
+
+fn options() -> Result<Options, Box<dyn Error>> {
+    let mut options = Options {
+        vmm: std::env::current_exe()?.with_file_name("bulkhead-vmm"),
+        config: VmConfig {
+            vcpus: 1,
+            memory_mib: 512,
+            kernel_args: String::new(),
+            console: false,
+        },
+        console: None,
+        share: None,
+        seconds: None,
+        files: Vec::new(),
+    };
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        if !argument.starts_with("--") {
+            options.files.push(argument.into());
+            continue;
+        }
+        let value = arguments.next().ok_or("an option without a value")?;
+        match argument.as_str() {
+            "--vmm" => options.vmm = value.into(),
+            "--vcpus" => options.config.vcpus = value.parse()?,
+            "--memory" => options.config.memory_mib = value.parse()?,
+            "--args" => options.config.kernel_args = value,
+            "--console" => {
+                options.config.console = true;
+                options.console = Some(value.into());
+            }
+            "--share" => {
+                let (name, path) = value.split_once('=').ok_or("--share NAME=PATH")?;
+                options.share = Some((name.to_owned(), path.into()));
+            }
+            "--seconds" => options.seconds = Some(value.parse()?),
+            _ => return Err(format!("unknown option {argument}").into()),
+        }
+    }
+    Ok(options)
+}

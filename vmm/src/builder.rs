@@ -1,0 +1,413 @@
+//! The boot recipe: [`build`] reads from top to bottom as what happens.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{FromRawFd, IntoRawFd, OwnedFd},
+    sync::{Arc, atomic::Ordering},
+};
+
+use bulkhead_fs::{FileServer, FsError, ShareOptions};
+use bulkhead_vmm_control::{Counters, VmConfig};
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::{
+    arch::{
+        boot_params::{self, BootParamsError, SEED_LEN},
+        cpuid::{self, TooManyLeaves},
+        layout::{KVM_TSS, VIRTIO_IRQ_START, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START},
+        mptable::{self, MpTableError},
+        registers::{self, RegistersError},
+    },
+    bus::{Bus, MmioDevice},
+    command_line,
+    counters::{DeviceStats, ExitCounter},
+    devices::{
+        crash_console::CrashConsole,
+        event_loop::{EventLoop, EventLoopBuilder, EventLoopError},
+        uart::Uart,
+        virtio::{
+            Device,
+            console::{Console, ConsoleHandler},
+            fs::{Fs, FsWorkers},
+            mmio::{self, Transport},
+            rng::{Rng, RngHandler},
+            vsock::{Vsock, VsockHandler},
+        },
+    },
+    kernel::{self, KernelError},
+    memory::{self, GuestMemory, MemoryError},
+    vcpu::{self, Stop, Vcpu, VcpuError, VcpuStats},
+};
+use vmm_sys_util::epoll::EventSet;
+
+/// Tag by which the guest mounts the shared file system.
+const FS_TAG: &str = "bulkhead";
+
+/// What KVM on this host must be able to do.
+const NEEDED: [(Cap, &str); 6] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
+
+/// Failures to build a VM.
+#[derive(Debug, Error)]
+pub enum BuildError {
+    /// The descriptor is not that of `/dev/kvm`.
+    #[error("Cannot use KVM: its API version is {0} instead of {KVM_API_VERSION}")]
+    KvmVersion(i32),
+    /// KVM is too old, or built without something.
+    #[error("KVM on this host lacks {0}")]
+    KvmLacks(&'static str),
+    /// Not between 1 and what host and guest can do.
+    #[error("Cannot run {0} vCPUs: this host can run 1 to {1} per VM")]
+    Vcpus(u8, usize),
+    /// A request to KVM failed.
+    #[error("Cannot {what}")]
+    Kvm {
+        /// What was asked for.
+        what: &'static str,
+        /// What the ioctl said.
+        #[source]
+        source: io::Error,
+    },
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel or initramfs.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The kernel's parameters.
+    #[error(transparent)]
+    BootParams(#[from] BootParamsError),
+    /// The host gives no random numbers.
+    #[error("Cannot get a random seed for the guest")]
+    Seed(#[source] io::Error),
+    /// The MP table.
+    #[error(transparent)]
+    MpTable(#[from] MpTableError),
+    /// CPUID.
+    #[error(transparent)]
+    Cpuid(#[from] TooManyLeaves),
+    /// A vCPU's first state.
+    #[error(transparent)]
+    Registers(#[from] RegistersError),
+    /// A vCPU's thread.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// The devices' threads.
+    #[error(transparent)]
+    EventLoop(#[from] EventLoopError),
+    /// The file server.
+    #[error("Cannot start the file server")]
+    FileServer(#[source] FsError),
+    /// An eventfd.
+    #[error("Cannot create an eventfd")]
+    EventFd(#[source] io::Error),
+}
+
+/// The descriptors that a VM is made of. Nothing else is opened.
+#[derive(Debug)]
+pub struct Resources {
+    /// `/dev/kvm`, read and write.
+    pub kvm: OwnedFd,
+    /// The uncompressed ELF kernel.
+    pub kernel: File,
+    /// The initramfs.
+    pub initramfs: File,
+    /// Where the guest's console is written to, if it has one.
+    pub console: Option<File>,
+    /// `/proc/self/fd`, `O_PATH`, for the file server.
+    pub proc_self_fd: OwnedFd,
+}
+
+/// What a VM tells its owner. Both are called on its threads and must not block.
+pub struct Callbacks {
+    /// The guest has dialled a port. False refuses the connection.
+    pub accept: Box<dyn FnMut(u32, OwnedFd) -> bool + Send>,
+    /// A vCPU came to its end by itself; the others may still run.
+    pub stopped: Arc<dyn Fn(Stop) + Send + Sync>,
+}
+
+/// A VM. Fields are dropped in this order: whatever uses guest memory goes before it.
+pub struct Vm {
+    vcpus: Vec<Vcpu>,
+    _event_loop: EventLoop,
+    _fs_workers: FsWorkers,
+    file_server: Arc<FileServer>,
+    crash_console: Arc<CrashConsole>,
+    vcpu_stats: Arc<VcpuStats>,
+    exit_counters: Vec<ExitCounter>,
+    device_stats: Vec<(&'static str, Arc<DeviceStats>)>,
+    _vm: VmFd,
+    _memory: GuestMemory,
+}
+
+/// Builds a VM up to the point where its vCPUs can run. All threads exist afterwards and all of
+/// them wait, so that the process can give up rights before [`Vm::run`].
+pub fn build(
+    config: &VmConfig,
+    resources: Resources,
+    callbacks: Callbacks,
+) -> Result<Vm, BuildError> {
+    let kvm = open_kvm(resources.kvm, config.vcpus)?;
+    let memory = memory::allocate(config.memory_mib)?;
+    let vm = kvm.create_vm().map_err(failed("create a VM"))?;
+    memory::register(&vm, &memory)?;
+    vm.set_tss_address(KVM_TSS)
+        .map_err(failed("set the VM's TSS address"))?;
+    // No PIT: with kvmclock and the TSC deadline timer Linux calibrates nothing.
+    vm.create_irq_chip()
+        .map_err(failed("create the interrupt controllers"))?;
+
+    let (mut kernel, mut initramfs) = (resources.kernel, resources.initramfs);
+    let loaded = kernel::load(&memory, &mut kernel, &mut initramfs)?;
+
+    let crash_console = Arc::new(CrashConsole::default());
+    let file_server =
+        Arc::new(FileServer::new(resources.proc_self_fd).map_err(BuildError::FileServer)?);
+    let mut devices = Devices::new(&vm, &memory)?;
+    devices.add_vsock(callbacks.accept)?;
+    let fs_workers = devices.add_fs(file_server.clone())?;
+    devices.add_rng()?;
+    if let Some(file) = resources.console {
+        devices.add_console(file, crash_console.clone())?;
+    }
+
+    let text = command_line::build(devices.count(), config);
+    boot_params::write(
+        &memory,
+        u64::from(config.memory_mib) << 20,
+        &text,
+        loaded.initramfs,
+        &seed()?,
+    )?;
+    mptable::write(&memory, config.vcpus)?;
+    registers::write_tables(&memory)?;
+
+    let vcpu_fds = create_vcpus(&kvm, &vm, config.vcpus)?;
+    registers::set_boot_cpu(&vcpu_fds[0], loaded.entry)?;
+    let exit_counters = vcpu_fds.iter().filter_map(ExitCounter::new).collect();
+
+    let bus = Arc::new(Bus::new(
+        Uart::new(crash_console.clone()),
+        devices.registers,
+    ));
+    let vcpu_stats = Arc::new(VcpuStats::default());
+    vcpu::prepare()?;
+    let vcpus = (0..)
+        .zip(vcpu_fds)
+        .map(|(index, fd)| {
+            let stopped = callbacks.stopped.clone();
+            let on_stop = move |reason| stopped(reason);
+            Vcpu::spawn(index, fd, bus.clone(), vcpu_stats.clone(), on_stop)
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(Vm {
+        vcpus,
+        _event_loop: devices.event_loop.spawn("devices")?,
+        _fs_workers: fs_workers,
+        file_server,
+        crash_console,
+        vcpu_stats,
+        exit_counters,
+        device_stats: devices.stats,
+        _vm: vm,
+        _memory: memory,
+    })
+}
+
+impl Vm {
+    /// Lets the vCPUs run.
+    pub fn run(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.start();
+        }
+    }
+
+    /// Shows a directory or file in the shared file system.
+    pub fn share(&self, name: &str, root: OwnedFd, options: ShareOptions) -> Result<(), FsError> {
+        self.file_server.share(name, root, options)
+    }
+
+    /// Takes a share away and closes everything below it.
+    pub fn unshare(&self, name: &str) -> Result<(), FsError> {
+        self.file_server.unshare(name)
+    }
+
+    /// The counts of this moment.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            exits: self.exit_counters.iter().map(ExitCounter::read).sum(),
+            user_exits: self.vcpu_stats.user_exits.load(Ordering::Relaxed),
+            entered_ns: self.vcpu_stats.entered_ns.load(Ordering::Relaxed),
+            devices: self
+                .device_stats
+                .iter()
+                .map(|(name, stats)| ((*name).to_owned(), stats.snapshot()))
+                .collect(),
+        }
+    }
+
+    /// The last lines of the guest's console.
+    pub fn crash_report(&self) -> String {
+        self.crash_console.report()
+    }
+}
+
+/// The virtio devices as they are added, each at the next place with the next interrupt.
+struct Devices<'v> {
+    vm: &'v VmFd,
+    memory: &'v GuestMemory,
+    event_loop: EventLoopBuilder,
+    registers: Vec<Arc<dyn MmioDevice>>,
+    stats: Vec<(&'static str, Arc<DeviceStats>)>,
+}
+
+impl<'v> Devices<'v> {
+    fn new(vm: &'v VmFd, memory: &'v GuestMemory) -> Result<Self, BuildError> {
+        Ok(Self {
+            vm,
+            memory,
+            event_loop: EventLoopBuilder::new()?,
+            registers: Vec::new(),
+            stats: Vec::new(),
+        })
+    }
+
+    fn count(&self) -> usize {
+        self.registers.len()
+    }
+
+    fn add_vsock(
+        &mut self,
+        accept: Box<dyn FnMut(u32, OwnedFd) -> bool + Send>,
+    ) -> Result<(), BuildError> {
+        let watcher = self.event_loop.next_watcher();
+        let transport = self.add("vsock", Vsock::new(watcher.clone(), accept))?;
+        let handler = VsockHandler::new(transport);
+        handler.watch(&watcher)?;
+        self.event_loop.add(Arc::new(handler));
+        Ok(())
+    }
+
+    fn add_fs(&mut self, server: Arc<FileServer>) -> Result<FsWorkers, BuildError> {
+        let transport = self.add("fs", Fs::new(FS_TAG))?;
+        Ok(FsWorkers::spawn(transport, server)?)
+    }
+
+    fn add_rng(&mut self) -> Result<(), BuildError> {
+        let watcher = self.event_loop.next_watcher();
+        let transport = self.add("rng", Rng)?;
+        watcher.watch(&transport.kick, 0, EventSet::IN)?;
+        self.event_loop.add(Arc::new(RngHandler::new(transport)));
+        Ok(())
+    }
+
+    fn add_console(
+        &mut self,
+        file: File,
+        crash_console: Arc<CrashConsole>,
+    ) -> Result<(), BuildError> {
+        let watcher = self.event_loop.next_watcher();
+        let transport = self.add("console", Console)?;
+        watcher.watch(&transport.kick, 0, EventSet::IN)?;
+        let handler = ConsoleHandler::new(transport, file, crash_console);
+        self.event_loop.add(Arc::new(handler));
+        Ok(())
+    }
+
+    /// Connects a device with KVM: a notification of the guest becomes an event for the device
+    /// without waking its vCPU's thread, and an event of the device an interrupt.
+    fn add<D: Device + 'static>(
+        &mut self,
+        name: &'static str,
+        device: D,
+    ) -> Result<Arc<Transport<D>>, BuildError> {
+        let event = || EventFd::new(EFD_NONBLOCK).map_err(BuildError::EventFd);
+        let (kick, interrupt) = (event()?, event()?);
+        let (address, irq) = place(self.count());
+        // With neither length nor value to compare, KVM need not decode the guest's instruction
+        // where it has a fast path. The device looks at all of its few queues.
+        let notify = IoEventAddress::Mmio(address + mmio::QUEUE_NOTIFY);
+        self.vm
+            .register_ioevent(&kick, &notify, NoDatamatch)
+            .map_err(failed("register an ioeventfd"))?;
+        self.vm
+            .register_irqfd(&interrupt, irq)
+            .map_err(failed("register an irqfd"))?;
+        let transport = Arc::new(Transport::new(device, self.memory.clone(), kick, interrupt));
+        self.registers.push(transport.clone());
+        self.stats.push((name, transport.stats.clone()));
+        Ok(transport)
+    }
+}
+
+/// Address and interrupt of virtio device `index`.
+pub fn place(index: usize) -> (u64, u32) {
+    let address = VIRTIO_MMIO_START + index as u64 * VIRTIO_MMIO_SIZE;
+    let irq = VIRTIO_IRQ_START + u32::try_from(index).unwrap_or(0);
+    (address, irq)
+}
+
+fn open_kvm(fd: OwnedFd, vcpus: u8) -> Result<Kvm, BuildError> {
+    // SAFETY: the descriptor is owned and its ownership goes to `Kvm`. If it is no /dev/kvm, every
+    // ioctl fails.
+    let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
+    let version = kvm.get_api_version();
+    if u32::try_from(version) != Ok(KVM_API_VERSION) {
+        return Err(BuildError::KvmVersion(version));
+    }
+    if let Some((_, name)) = NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+        return Err(BuildError::KvmLacks(name));
+    }
+    let most = kvm.get_max_vcpus().min(mptable::MAX_CPUS.into());
+    if vcpus == 0 || usize::from(vcpus) > most {
+        return Err(BuildError::Vcpus(vcpus, most));
+    }
+    Ok(kvm)
+}
+
+fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, BuildError> {
+    let supported: CpuId = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(failed("read what CPUID can offer"))?;
+    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    (0..count)
+        .map(|index| {
+            let vcpu = vm
+                .create_vcpu(index.into())
+                .map_err(failed("create a vCPU"))?;
+            let cpuid = cpuid::adapt(&supported, index, count, tsc_deadline)?;
+            vcpu.set_cpuid2(&cpuid)
+                .map_err(failed("set a vCPU's CPUID"))?;
+            registers::set_common(&vcpu)?;
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+fn seed() -> Result<[u8; SEED_LEN], BuildError> {
+    let mut seed = [0; SEED_LEN];
+    let flags = rustix::rand::GetRandomFlags::empty();
+    match rustix::rand::getrandom(&mut seed, flags) {
+        // The kernel returns up to 256 bytes at once, uninterrupted (getrandom(2)).
+        Ok(SEED_LEN) => Ok(seed),
+        Ok(_) => Err(BuildError::Seed(io::ErrorKind::UnexpectedEof.into())),
+        Err(errno) => Err(BuildError::Seed(errno.into())),
+    }
+}
+
+fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> BuildError {
+    move |error| BuildError::Kvm {
+        what,
+        source: error.into(),
+    }
+}

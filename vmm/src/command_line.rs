@@ -1,0 +1,62 @@
+//! The kernel's command line.
+
+use std::fmt::Write;
+
+use bulkhead_vmm_control::VmConfig;
+
+use crate::{arch::layout::VIRTIO_MMIO_SIZE, builder::place};
+
+/// Errors go to the crash console from the first instructions on, and nothing else does.
+const CRASH_CONSOLE: &str = "quiet loglevel=4 earlyprintk=serial,ttyS0,115200,keep";
+/// Everything goes to the virtio console, and to the crash console until that is there.
+const FULL_CONSOLE: &str = "loglevel=7 earlyprintk=serial,ttyS0,115200 console=hvc0";
+/// A panic or a reboot is a triple fault, which ends the VM at once. The agent's messages are not
+/// rate-limited. No DMA needs bounce buffers.
+const ALWAYS: &str = "panic=-1 reboot=t printk.devkmsg=on swiotlb=noforce";
+
+/// The command line for a VM with `devices` virtio devices. The configuration's arguments come
+/// last, so that they win.
+pub fn build(devices: usize, config: &VmConfig) -> String {
+    let console = if config.console {
+        FULL_CONSOLE
+    } else {
+        CRASH_CONSOLE
+    };
+    let mut text = format!("{console} {ALWAYS}");
+    for (address, irq) in (0..devices).map(place) {
+        let size = VIRTIO_MMIO_SIZE / 1024;
+        // Writing to a String does not fail.
+        let _ = write!(text, " virtio_mmio.device={size}K@{address:#x}:{irq}");
+    }
+    if !config.kernel_args.is_empty() {
+        text.push(' ');
+        text.push_str(&config.kernel_args);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_and_arguments_are_on_the_command_line() {
+        let config = VmConfig {
+            vcpus: 1,
+            memory_mib: 512,
+            kernel_args: "a=b".to_owned(),
+            console: false,
+        };
+        let text = build(2, &config);
+        assert!(text.starts_with("quiet loglevel=4 earlyprintk"));
+        assert!(text.ends_with(
+            "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 a=b"
+        ));
+        let config = VmConfig {
+            console: true,
+            kernel_args: String::new(),
+            ..config
+        };
+        assert!(build(0, &config).contains("console=hvc0"));
+    }
+}

@@ -1,0 +1,600 @@
+//! The MMIO transport (section 4.2): registers, feature negotiation, device status and queue
+//! set-up.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use bitflags::bitflags;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{
+    Device, Interrupt, Work,
+    queue::{self, QueueError, QueueState},
+};
+use crate::{bus::MmioDevice, counters::DeviceStats, memory::GuestMemory};
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"BLKH");
+
+const FEATURE_EVENT_IDX: u64 = 1 << 29;
+const FEATURE_INDIRECT_DESC: u64 = 1 << 28;
+const FEATURE_VERSION_1: u64 = 1 << 32;
+
+/// Register offsets (section 4.2.2).
+mod register {
+    pub const MAGIC: u64 = 0x00;
+    pub const VERSION: u64 = 0x04;
+    pub const DEVICE_ID: u64 = 0x08;
+    pub const VENDOR_ID: u64 = 0x0c;
+    pub const DEVICE_FEATURES: u64 = 0x10;
+    pub const DEVICE_FEATURES_SEL: u64 = 0x14;
+    pub const DRIVER_FEATURES: u64 = 0x20;
+    pub const DRIVER_FEATURES_SEL: u64 = 0x24;
+    pub const QUEUE_SEL: u64 = 0x30;
+    pub const QUEUE_NUM_MAX: u64 = 0x34;
+    pub const QUEUE_NUM: u64 = 0x38;
+    pub const QUEUE_READY: u64 = 0x44;
+    pub const QUEUE_NOTIFY: u64 = 0x50;
+    pub const INTERRUPT_STATUS: u64 = 0x60;
+    pub const INTERRUPT_ACK: u64 = 0x64;
+    pub const STATUS: u64 = 0x70;
+    pub const QUEUE_DESC_LOW: u64 = 0x80;
+    pub const QUEUE_DESC_HIGH: u64 = 0x84;
+    pub const QUEUE_DRIVER_LOW: u64 = 0x90;
+    pub const QUEUE_DRIVER_HIGH: u64 = 0x94;
+    pub const QUEUE_DEVICE_LOW: u64 = 0xa0;
+    pub const QUEUE_DEVICE_HIGH: u64 = 0xa4;
+    pub const SHM_LEN_LOW: u64 = 0xb0;
+    pub const SHM_BASE_HIGH: u64 = 0xbc;
+    pub const CONFIG: u64 = 0x100;
+}
+
+/// Offset of the register that the guest notifies a device by; it is connected with an ioeventfd.
+pub const QUEUE_NOTIFY: u64 = register::QUEUE_NOTIFY;
+
+bitflags! {
+    /// Device status (section 2.1).
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub struct Status: u32 {
+        /// The guest has noticed the device.
+        const ACKNOWLEDGE = 1;
+        /// The guest knows how to drive it.
+        const DRIVER = 2;
+        /// The driver is ready.
+        const DRIVER_OK = 4;
+        /// Features are agreed on.
+        const FEATURES_OK = 8;
+        /// The device cannot go on before a reset.
+        const NEEDS_RESET = 64;
+        /// The guest has given up on the device.
+        const FAILED = 128;
+    }
+}
+
+/// A saved transport that does not fit its device.
+#[derive(Debug, Error)]
+pub enum RestoreError {
+    /// Another number of queues.
+    #[error("The saved device has {0} queues instead of {1}")]
+    Queues(usize, usize),
+    /// A queue with impossible values.
+    #[error("Cannot restore a virtqueue")]
+    Queue(#[source] QueueError),
+    /// Features that this device does not have, or status bits that do not exist.
+    #[error("The saved device has features or a status that this one cannot have")]
+    Features,
+}
+
+/// A transport as it is saved, without its device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TransportState {
+    status: u32,
+    driver_features: u64,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    queue_sel: u32,
+    interrupt_status: u32,
+    queues: Vec<QueueState>,
+}
+
+/// What the transport's lock protects.
+pub struct Inner<D> {
+    /// The device.
+    pub device: D,
+    /// Its queues.
+    pub queues: Vec<Queue>,
+    /// Chains that are worked on without the lock; a reset waits for them.
+    pub in_flight: usize,
+    status: Status,
+    driver_features: u64,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    queue_sel: u32,
+}
+
+impl<D> Inner<D> {
+    /// The driver is ready and has kept to the rules so far.
+    pub fn is_running(&self) -> bool {
+        self.status.contains(Status::DRIVER_OK) && !self.status.contains(Status::NEEDS_RESET)
+    }
+
+    fn queue(&mut self) -> Option<&mut Queue> {
+        let index = usize::try_from(self.queue_sel).ok()?;
+        self.queues.get_mut(index)
+    }
+}
+
+/// A device in the guest's memory.
+pub struct Transport<D> {
+    inner: Mutex<Inner<D>>,
+    idle: Condvar,
+    /// Guest memory.
+    pub memory: GuestMemory,
+    /// Signalled by the guest's notifications.
+    pub kick: EventFd,
+    /// The way to the guest.
+    pub interrupt: Interrupt,
+    /// Its counters.
+    pub stats: Arc<DeviceStats>,
+}
+
+impl<D: Device> Transport<D> {
+    /// A device after power-on.
+    pub fn new(device: D, memory: GuestMemory, kick: EventFd, interrupt: EventFd) -> Self {
+        let stats = Arc::new(DeviceStats::default());
+        let queues = device.queue_sizes().iter().map(|size| new_queue(*size));
+        Self {
+            inner: Mutex::new(Inner {
+                queues: queues.collect(),
+                device,
+                in_flight: 0,
+                status: Status::empty(),
+                driver_features: 0,
+                device_features_sel: 0,
+                driver_features_sel: 0,
+                queue_sel: 0,
+            }),
+            idle: Condvar::new(),
+            memory,
+            kick,
+            interrupt: Interrupt::new(interrupt, stats.clone()),
+            stats,
+        }
+    }
+
+    /// Takes the lock.
+    pub fn lock(&self) -> MutexGuard<'_, Inner<D>> {
+        // A panic in a device ends the process in release builds; state is not left half-way.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets `work` work on device and queues if the driver is ready. An error stops the device.
+    pub fn run(&self, work: impl FnOnce(&mut D, &mut [Queue]) -> Work) {
+        let mut inner = self.lock();
+        if !inner.is_running() {
+            return;
+        }
+        let Inner { device, queues, .. } = &mut *inner;
+        if work(device, queues).is_err() {
+            self.stop(&mut inner);
+        }
+    }
+
+    /// Stops the device after the driver broke the rules (section 2.1.2).
+    pub fn stop(&self, inner: &mut Inner<D>) {
+        inner.status |= Status::NEEDS_RESET;
+        self.interrupt.config_changed();
+    }
+
+    /// A chain that was worked on without the lock is done.
+    pub fn settle(&self, inner: &mut Inner<D>) {
+        inner.in_flight -= 1;
+        if inner.in_flight == 0 {
+            self.idle.notify_all();
+        }
+    }
+
+    /// Takes down registers and queues. Nothing may be in flight.
+    pub fn save(&self) -> TransportState {
+        let inner = self.lock();
+        TransportState {
+            status: inner.status.bits(),
+            driver_features: inner.driver_features,
+            device_features_sel: inner.device_features_sel,
+            driver_features_sel: inner.driver_features_sel,
+            queue_sel: inner.queue_sel,
+            interrupt_status: self.interrupt.status(),
+            queues: inner.queues.iter().map(queue::save).collect(),
+        }
+    }
+
+    /// Puts saved registers and queues into a new transport.
+    pub fn restore(&self, state: &TransportState) -> Result<(), RestoreError> {
+        let mut inner = self.lock();
+        let sizes = inner.device.queue_sizes();
+        if state.queues.len() != sizes.len() {
+            return Err(RestoreError::Queues(state.queues.len(), sizes.len()));
+        }
+        let offered = features(&inner.device);
+        let status = Status::from_bits(state.status).ok_or(RestoreError::Features)?;
+        if state.driver_features & !offered != 0 {
+            return Err(RestoreError::Features);
+        }
+        let queues = state
+            .queues
+            .iter()
+            .zip(sizes)
+            .map(|(state, max_size)| queue::restore(state, *max_size))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(RestoreError::Queue)?;
+        inner.queues = queues;
+        inner.status = status;
+        inner.driver_features = state.driver_features;
+        inner.device_features_sel = state.device_features_sel;
+        inner.driver_features_sel = state.driver_features_sel;
+        inner.queue_sel = state.queue_sel;
+        self.interrupt.set_status(state.interrupt_status);
+        Ok(())
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        // The interrupt handler's register: no lock, whatever a device is busy with.
+        if offset == register::INTERRUPT_STATUS {
+            return self.interrupt.status();
+        }
+        let mut inner = self.lock();
+        match offset {
+            register::MAGIC => MAGIC,
+            register::VERSION => VERSION,
+            register::DEVICE_ID => inner.device.id(),
+            register::VENDOR_ID => VENDOR,
+            register::DEVICE_FEATURES => half(features(&inner.device), inner.device_features_sel),
+            register::QUEUE_NUM_MAX => inner.queue().map_or(0, |queue| queue.max_size().into()),
+            register::QUEUE_READY => inner.queue().map_or(0, |queue| queue.ready().into()),
+            register::STATUS => inner.status.bits(),
+            // All ones is the length of a shared memory region that does not exist.
+            register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
+            // Among the others is the generation of the configuration, which never changes.
+            _ => 0,
+        }
+    }
+
+    fn write_register(&self, offset: u64, value: u32) {
+        if offset == register::INTERRUPT_ACK {
+            self.interrupt.acknowledge(value);
+            return;
+        }
+        let mut inner = self.lock();
+        match offset {
+            register::DEVICE_FEATURES_SEL => inner.device_features_sel = value,
+            register::DRIVER_FEATURES_SEL => inner.driver_features_sel = value,
+            register::DRIVER_FEATURES => accept_features(&mut inner, value),
+            register::QUEUE_SEL => inner.queue_sel = value,
+            register::STATUS => self.set_status(inner, value),
+            _ => self.configure_queue(&mut inner, offset, value),
+        }
+    }
+
+    fn set_status(&self, mut inner: MutexGuard<'_, Inner<D>>, value: u32) {
+        if value == 0 {
+            while inner.in_flight > 0 {
+                inner = self
+                    .idle
+                    .wait(inner)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+            self.reset(&mut inner);
+            return;
+        }
+        let old = inner.status;
+        let new = Status::from_bits_truncate(value) | (old & Status::NEEDS_RESET);
+        // The driver can take no bit back (section 2.1.1).
+        if !new.contains(old) {
+            return;
+        }
+        let added = new - old;
+        inner.status = new;
+        if added.contains(Status::FEATURES_OK) && !features_agreed(&inner) {
+            inner.status -= Status::FEATURES_OK;
+        }
+        if added.contains(Status::DRIVER_OK) {
+            if inner.status.contains(Status::FEATURES_OK) {
+                let event_idx = inner.driver_features & FEATURE_EVENT_IDX != 0;
+                for queue in &mut inner.queues {
+                    queue.set_event_idx(event_idx);
+                }
+            } else {
+                self.stop(&mut inner);
+            }
+        }
+    }
+
+    fn reset(&self, inner: &mut Inner<D>) {
+        inner.device.reset();
+        inner.queues.iter_mut().for_each(QueueT::reset);
+        inner.status = Status::empty();
+        inner.driver_features = 0;
+        inner.device_features_sel = 0;
+        inner.driver_features_sel = 0;
+        inner.queue_sel = 0;
+        self.interrupt.set_status(0);
+    }
+
+    /// Writes one of the selected queue's registers, which the driver may do between agreeing on
+    /// features and being ready (section 3.1.1).
+    fn configure_queue(&self, inner: &mut Inner<D>, offset: u64, value: u32) {
+        let open = inner.status.contains(Status::FEATURES_OK)
+            && !inner
+                .status
+                .intersects(Status::DRIVER_OK | Status::NEEDS_RESET | Status::FAILED);
+        let Some(queue) = inner.queue() else { return };
+        if !open {
+            return;
+        }
+        if offset == register::QUEUE_READY {
+            queue.set_ready(value == 1);
+            if !queue.is_valid(&self.memory) {
+                queue.set_ready(false);
+            }
+            return;
+        }
+        if queue.ready() {
+            return;
+        }
+        match offset {
+            register::QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
+            register::QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
+            register::QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
+            register::QUEUE_DRIVER_LOW => queue.set_avail_ring_address(Some(value), None),
+            register::QUEUE_DRIVER_HIGH => queue.set_avail_ring_address(None, Some(value)),
+            register::QUEUE_DEVICE_LOW => queue.set_used_ring_address(Some(value), None),
+            register::QUEUE_DEVICE_HIGH => queue.set_used_ring_address(None, Some(value)),
+            _ => {}
+        }
+    }
+}
+
+impl<D: Device> MmioDevice for Transport<D> {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(register::CONFIG) {
+            let inner = self.lock();
+            let config = inner.device.config();
+            let start = usize::try_from(offset).unwrap_or(usize::MAX);
+            for (byte, value) in data.iter_mut().zip(config.iter().skip(start)) {
+                *byte = *value;
+            }
+        } else if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
+            *data = self.read_register(offset).to_le_bytes();
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        // No device of ours has a configuration that the driver can write.
+        if offset < register::CONFIG
+            && let Ok(data) = <[u8; 4]>::try_from(data)
+        {
+            self.write_register(offset, u32::from_le_bytes(data));
+        }
+    }
+}
+
+fn new_queue(size: u16) -> Queue {
+    // Fails only for a size that is no power of two, and a device's sizes are constants.
+    Queue::new(size).unwrap_or_default()
+}
+
+fn features(device: &impl Device) -> u64 {
+    device.features() | FEATURE_VERSION_1 | FEATURE_EVENT_IDX | FEATURE_INDIRECT_DESC
+}
+
+fn half(features: u64, selector: u32) -> u32 {
+    let shifted = match selector {
+        0 => features,
+        1 => features >> 32,
+        _ => 0,
+    };
+    u32::try_from(shifted & u64::from(u32::MAX)).unwrap_or(0)
+}
+
+fn accept_features<D>(inner: &mut Inner<D>, value: u32) {
+    let may = inner.status.contains(Status::DRIVER) && !inner.status.contains(Status::FEATURES_OK);
+    let low = u64::from(u32::MAX);
+    match inner.driver_features_sel {
+        0 if may => inner.driver_features = inner.driver_features & !low | u64::from(value),
+        1 if may => inner.driver_features = inner.driver_features & low | u64::from(value) << 32,
+        _ => {}
+    }
+}
+
+fn features_agreed<D: Device>(inner: &Inner<D>) -> bool {
+    let accepted = inner.driver_features;
+    accepted & !features(&inner.device) == 0 && accepted & FEATURE_VERSION_1 != 0
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use proptest::prelude::*;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    struct Nothing {
+        resets: usize,
+    }
+
+    impl Device for Nothing {
+        fn id(&self) -> u32 {
+            42
+        }
+        fn queue_sizes(&self) -> &'static [u16] {
+            &[16, 16]
+        }
+        fn config(&self) -> &[u8] {
+            b"configuration"
+        }
+        fn reset(&mut self) {
+            self.resets += 1;
+        }
+    }
+
+    pub fn transport<D: Device>(device: D, memory: GuestMemory) -> Transport<D> {
+        let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+        Transport::new(device, memory, event(), event())
+    }
+
+    fn nothing() -> Transport<Nothing> {
+        transport(Nothing { resets: 0 }, crate::memory::allocate(1).unwrap())
+    }
+
+    fn read<D: Device>(transport: &Transport<D>, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        transport.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write<D: Device>(transport: &Transport<D>, offset: u64, value: u32) {
+        transport.write(offset, &value.to_le_bytes());
+    }
+
+    /// What a driver does until it is ready, with each queue in its own 4 KiB from `memory`.
+    pub fn start<D: Device>(transport: &Transport<D>, features: u64, memory: u32) {
+        write(transport, register::STATUS, 1);
+        write(transport, register::STATUS, 3);
+        for (selector, part) in [(0, features & 0xffff_ffff), (1, features >> 32)] {
+            write(transport, register::DRIVER_FEATURES_SEL, selector);
+            let part = u32::try_from(part).unwrap();
+            write(transport, register::DRIVER_FEATURES, part);
+        }
+        write(transport, register::STATUS, 11);
+        let queues = u32::try_from(transport.lock().queues.len()).unwrap();
+        for index in 0..queues {
+            let base = memory + index * 0x1000;
+            write(transport, register::QUEUE_SEL, index);
+            write(transport, register::QUEUE_NUM, 16);
+            write(transport, register::QUEUE_DESC_LOW, base);
+            write(transport, register::QUEUE_DRIVER_LOW, base + 0x400);
+            write(transport, register::QUEUE_DEVICE_LOW, base + 0x800);
+            write(transport, register::QUEUE_READY, 1);
+        }
+        write(transport, register::STATUS, 15);
+    }
+
+    pub const MODERN: u64 = FEATURE_VERSION_1 | FEATURE_EVENT_IDX;
+
+    #[test]
+    fn a_driver_finds_and_starts_the_device() {
+        let transport = nothing();
+        assert_eq!(read(&transport, register::MAGIC), 0x7472_6976);
+        assert_eq!(read(&transport, register::VERSION), 2);
+        assert_eq!(read(&transport, register::DEVICE_ID), 42);
+        let mut config = [0; 20];
+        transport.read(register::CONFIG + 3, &mut config);
+        assert_eq!(&config[..10], b"figuration");
+        start(&transport, MODERN, 0x4000);
+        assert_eq!(read(&transport, register::STATUS), 15);
+        assert_eq!(read(&transport, register::QUEUE_READY), 1);
+        let inner = transport.lock();
+        assert!(inner.is_running());
+        assert!(inner.queues.iter().all(QueueT::event_idx_enabled));
+    }
+
+    #[test]
+    fn features_that_were_not_offered_are_not_agreed_on() {
+        for features in [MODERN | 1 << 5, FEATURE_EVENT_IDX] {
+            let transport = nothing();
+            start(&transport, features, 0x4000);
+            assert_eq!(read(&transport, register::STATUS) & 8, 0);
+            assert!(!transport.lock().is_running());
+            assert!(!transport.lock().queues[0].ready());
+        }
+    }
+
+    #[test]
+    fn a_queue_outside_memory_never_becomes_ready() {
+        let transport = nothing();
+        start(&transport, MODERN, 0xf_f000);
+        assert!(transport.lock().queues[0].ready());
+        assert!(!transport.lock().queues[1].ready());
+    }
+
+    #[test]
+    fn a_ready_queue_cannot_be_moved() {
+        let transport = nothing();
+        start(&transport, MODERN, 0x4000);
+        let before = transport.save();
+        write(&transport, register::QUEUE_SEL, 0);
+        write(&transport, register::QUEUE_DESC_LOW, 0x9000);
+        write(&transport, register::QUEUE_READY, 0);
+        assert_eq!(transport.save().queues, before.queues);
+    }
+
+    #[test]
+    fn a_reset_forgets_everything() {
+        let transport = nothing();
+        let fresh = transport.save();
+        start(&transport, MODERN, 0x4000);
+        transport.interrupt.used_buffer();
+        write(&transport, register::STATUS, 0);
+        assert_eq!(transport.save(), fresh);
+        assert_eq!(transport.lock().device.resets, 1);
+    }
+
+    #[test]
+    fn interrupts_are_acknowledged_one_by_one() {
+        let transport = nothing();
+        transport.interrupt.used_buffer();
+        transport.interrupt.config_changed();
+        assert_eq!(read(&transport, register::INTERRUPT_STATUS), 3);
+        write(&transport, register::INTERRUPT_ACK, 1);
+        assert_eq!(read(&transport, register::INTERRUPT_STATUS), 2);
+    }
+
+    #[test]
+    fn a_driver_that_breaks_the_rules_must_reset() {
+        let transport = nothing();
+        start(&transport, MODERN, 0x4000);
+        transport.run(|_, _| Err(QueueError::Order));
+        assert_eq!(read(&transport, register::STATUS), 15 | 64);
+        transport.run(|_, _| panic!("a stopped device must not work"));
+    }
+
+    #[test]
+    fn a_saved_transport_carries_on() {
+        let before = nothing();
+        start(&before, MODERN, 0x4000);
+        before.interrupt.used_buffer();
+        let state = before.save();
+        let after = nothing();
+        after.restore(&state).unwrap();
+        assert_eq!(after.save(), state);
+        assert!(after.lock().is_running());
+        let mut strange = state.clone();
+        strange.queues.pop();
+        let error = after.restore(&strange).unwrap_err();
+        assert!(matches!(error, RestoreError::Queues(1, 2)));
+    }
+
+    proptest! {
+        #[test]
+        fn no_register_access_breaks_the_transport(
+            accesses in proptest::collection::vec((0u64..0x120, any::<u32>(), 1usize..9), 1..200),
+        ) {
+            let transport = nothing();
+            for (offset, value, length) in accesses {
+                // Mostly registers, mostly whole ones.
+                let offset = if value % 3 == 0 { offset } else { offset & !3 };
+                let length = if value % 5 == 0 { length } else { 4 };
+                let mut data = [0; 8];
+                data[..4].copy_from_slice(&(value & 0xffff).to_le_bytes());
+                transport.write(offset, &data[..length]);
+                transport.read(offset, &mut data[..length]);
+            }
+            let running = transport.lock().is_running();
+            prop_assert!(!running || read(&transport, register::STATUS) & 15 == 15);
+        }
+    }
+}
