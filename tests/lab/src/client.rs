@@ -295,7 +295,7 @@ fn receive(
             Ok(Some(Frame::Exit(status))) => return Ok(status),
             Ok(Some(Frame::Failed(message))) => {
                 return Err(Error::Refused {
-                    doing: doing.into(),
+                    doing: "do what it was asked".into(),
                     message,
                 });
             }

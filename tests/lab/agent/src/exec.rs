@@ -1,14 +1,16 @@
 //! Running one command for a session.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 
 use bulkhead_lab::mux::Session;
 use bulkhead_lab::protocol::{CHUNK, ExecRequest, Frame, WindowSize};
-use nix::pty::{Winsize, openpty};
+use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal, ioctl_tiocsctty, kill_process_group, setsid};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
@@ -101,12 +103,10 @@ fn start(request: &ExecRequest) -> io::Result<Running> {
 }
 
 fn start_on_pipes(mut command: Command) -> io::Result<Running> {
-    let (input_reader, input) = rustix::pipe::pipe()?;
-    let (output, output_writer) = rustix::pipe::pipe()?;
-    let (error, error_writer) = rustix::pipe::pipe()?;
-    for ours in [&input, &output, &error] {
-        rustix::io::fcntl_setfd(ours, rustix::io::FdFlags::CLOEXEC)?;
-    }
+    let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC);
+    let (input_reader, input) = pipe()?;
+    let (output, output_writer) = pipe()?;
+    let (error, error_writer) = pipe()?;
     command
         .stdin(Stdio::from(input_reader))
         .stdout(Stdio::from(output_writer))
@@ -129,13 +129,16 @@ fn start_on_pipes(mut command: Command) -> io::Result<Running> {
 }
 
 fn start_on_terminal(mut command: Command, size: WindowSize) -> io::Result<Running> {
-    let pty = openpty(Some(&winsize(size)), None)?;
-    let duplicate = |fd: &OwnedFd| fd.try_clone();
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let terminal = openpt(flags)?;
+    unlockpt(&terminal)?;
+    let peer = ioctl_tiocgptpeer(&terminal, flags)?;
+    resize(&terminal, size)?;
     command
         .env("TERM", "xterm")
-        .stdin(Stdio::from(duplicate(&pty.slave)?))
-        .stdout(Stdio::from(duplicate(&pty.slave)?))
-        .stderr(Stdio::from(pty.slave));
+        .stdin(Stdio::from(peer.try_clone()?))
+        .stdout(Stdio::from(peer.try_clone()?))
+        .stderr(Stdio::from(peer));
     // SAFETY: between fork and exec only system calls are made that are async-signal-safe and
     // allocate nothing.
     unsafe {
@@ -147,21 +150,22 @@ fn start_on_terminal(mut command: Command, size: WindowSize) -> io::Result<Runni
     }
     Ok(Running {
         child: command.spawn()?,
-        input: FileStream::new(duplicate(&pty.master)?)?,
+        input: FileStream::new(terminal.try_clone()?)?,
         output: vec![Source {
-            stream: FileStream::new(pty.master)?,
+            stream: FileStream::new(terminal)?,
             frame: Frame::Stdout,
         }],
     })
 }
 
-fn winsize(size: WindowSize) -> Winsize {
-    Winsize {
+fn resize(terminal: impl AsFd, size: WindowSize) -> io::Result<()> {
+    let size = Winsize {
         ws_row: size.rows,
         ws_col: size.columns,
         ws_xpixel: 0,
         ws_ypixel: 0,
-    }
+    };
+    Ok(tcsetwinsize(terminal, size)?)
 }
 
 /// Sends what the command prints, until the end of the stream or, once the command has exited, of
@@ -208,14 +212,8 @@ async fn feed(mut client: impl AsyncRead + Unpin, input: FileStream) -> io::Erro
             }
             Ok(Some(Frame::Resize(size))) => {
                 if let Some(stream) = &input {
-                    let size = rustix::termios::Winsize {
-                        ws_row: size.rows,
-                        ws_col: size.columns,
-                        ws_xpixel: 0,
-                        ws_ypixel: 0,
-                    };
                     // A command without a terminal has no size to change.
-                    let _ = rustix::termios::tcsetwinsize(stream.as_fd(), size);
+                    let _ = resize(stream, size);
                 }
             }
             Ok(Some(_)) => return io::ErrorKind::InvalidData.into(),
