@@ -25,7 +25,10 @@ pub enum FsError {
         #[source]
         source: Errno,
     },
-    /// The limit of open files could not be read.
-    #[error("Cannot read the limit of open files")]
+    /// The limit of open files could not be raised.
+    #[error("Cannot raise the limit of open files to its hard limit")]
     Limit(#[source] Errno),
+    /// The thread could not get its own working directory and umask.
+    #[error("Cannot prepare a thread to serve files")]
+    Thread(#[source] Errno),
 }
