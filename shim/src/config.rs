@@ -127,7 +127,7 @@ impl Config {
         let config: Self = toml::from_str(text).map_err(|error| {
             let line = error
                 .span()
-                .map(|span| text[..span.start].lines().count().max(1));
+                .map(|span| text[..span.start].matches('\n').count() + 1);
             let message = error.message().trim();
             ConfigError::Parse {
                 path: path.to_owned(),

@@ -280,7 +280,7 @@ impl Pod {
                 State::Ended(_) => return false,
             };
             let message = error.to_string();
-            tracing::warn!(message, "The pod has ended");
+            tracing::warn!(reason = message, "The pod has ended");
             *state = State::Ended(error);
             true
         });

@@ -433,7 +433,7 @@ fn finish_line(line: &mut Vec<u8>, last: &Mutex<String>) {
     let text = text::one_line(&String::from_utf8_lossy(line), MAX_LINE);
     line.clear();
     if !text.is_empty() {
-        tracing::warn!(message = text, "The VMM says");
+        tracing::warn!(text, "The VMM says");
         *last.lock().unwrap_or_else(PoisonError::into_inner) = text;
     }
 }
