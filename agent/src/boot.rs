@@ -64,21 +64,21 @@ fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> BootError
 
 /// The life of PID 1. Its end is the end of the VM.
 pub fn run(started_ns: u64) -> ! {
-    std::panic::set_hook(Box::new(|panic| {
-        log::error(&panic.to_string());
-        end_vm();
-    }));
-    let error = match boot(started_ns) {
-        Ok(()) => "the host closed the agent's connection".to_owned(),
-        Err(error) => log::chain(&error),
-    };
-    log::error(&error);
-    end_vm();
+    std::panic::set_hook(Box::new(|panic| end_vm(&panic.to_string())));
+    match boot(started_ns) {
+        Ok(()) => end_vm("the host closed the agent's connection"),
+        Err(error) => end_vm(&log::chain(&error)),
+    }
 }
 
 /// With `panic=-1 reboot=t` on the command line a reset is what ends a VM, and the host reports
 /// it with the last lines of the console.
-fn end_vm() -> ! {
+fn end_vm(why: &str) -> ! {
+    // The log is a device, and the first steps run before there are any.
+    if !Path::new("/dev/kmsg").exists() {
+        let _ = devices();
+    }
+    log::error(why);
     let _ = reboot(RebootMode::RB_AUTOBOOT);
     // Only without CAP_SYS_BOOT; the kernel panics when PID 1 exits, which ends the VM as well.
     std::process::exit(1);
@@ -130,7 +130,7 @@ fn file_systems() -> Result<(), BootError> {
     let new = |kind: &str, at: &'static str, flags: MsFlags, data: Option<&str>| {
         mount(Some(kind), at, Some(kind), flags, data)
     };
-    new("devtmpfs", "/dev", MsFlags::MS_NOSUID, Some("mode=0755")).map_err(failed("mount /dev"))?;
+    devices()?;
     new("proc", "/proc", safe, None).map_err(failed("mount /proc"))?;
     new("sysfs", "/sys", safe, None).map_err(failed("mount /sys"))?;
     new("tmpfs", "/run", no_dev, Some("mode=0755")).map_err(failed("mount /run"))?;
@@ -155,6 +155,11 @@ fn file_systems() -> Result<(), BootError> {
         None::<&str>,
     );
     shared.map_err(failed("mount the host's shares"))
+}
+
+fn devices() -> Result<(), BootError> {
+    let kind = Some("devtmpfs");
+    mount(kind, "/dev", kind, MsFlags::MS_NOSUID, Some("mode=0755")).map_err(failed("mount /dev"))
 }
 
 fn make_dir(path: &str) -> io::Result<()> {

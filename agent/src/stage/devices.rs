@@ -78,6 +78,11 @@ pub fn populate(root: &Root, spec: &Spec) -> Result<(), StageError> {
         link(root, target, Path::new(path))
             .map_err(StageError::system(format!("link {path} to {target}")))?;
     }
+    // As on a host, if this kernel shows its memory at all.
+    if Path::new("/proc/kcore").exists() {
+        link(root, "/proc/kcore", Path::new("/dev/core"))
+            .map_err(StageError::system("link /dev/core to /proc/kcore"))?;
+    }
     rustix::process::umask(umask);
     Ok(())
 }

@@ -143,7 +143,9 @@ fn run(channel: &Channel, request: Request, fds: RequestFds) -> Result<(), Stage
         terminal,
     } = request;
     drop(fds.cgroup);
-    drop(fds.init);
+    if let Some(init) = fds.init {
+        namespaces::join_cgroup(init.as_fd())?;
+    }
     rustix::process::setsid().map_err(StageError::system("start a session"))?;
     settings::join_session_keyring()?;
     if let Task::Create(create) = &task {

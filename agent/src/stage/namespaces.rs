@@ -68,16 +68,23 @@ pub fn to_create(spec: &Spec) -> u64 {
     wanted.fold(0, |all, (_, flag)| all | u64::from(flag.unsigned_abs()))
 }
 
-/// Joins every namespace of the container, for the child that follows.
+/// Joins every namespace of the container but that of its cgroups, for the child that follows.
+/// From inside a cgroup namespace a child cannot be born in a cgroup of it, as this process's own
+/// cgroup is outside.
 pub fn join(init: BorrowedFd<'_>) -> Result<(), StageError> {
     let all = ThreadNameSpaceType::MOUNT
-        | ThreadNameSpaceType::CONTROL_GROUP
         | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME
         | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
         | ThreadNameSpaceType::PROCESS_ID
         | ThreadNameSpaceType::NETWORK;
     rustix::thread::move_into_thread_name_spaces(init, all)
         .map_err(StageError::system("join the container's namespaces"))
+}
+
+/// Joins the container's cgroup namespace.
+pub fn join_cgroup(init: BorrowedFd<'_>) -> Result<(), StageError> {
+    rustix::thread::move_into_thread_name_spaces(init, ThreadNameSpaceType::CONTROL_GROUP)
+        .map_err(StageError::system("join the container's cgroup namespace"))
 }
 
 /// A cgroup namespace rooted at this process's cgroup.

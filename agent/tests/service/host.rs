@@ -215,7 +215,9 @@ struct Pending(
 
 impl Pending {
     async fn connected(self) -> Ends {
-        let get = async |end: oneshot::Receiver<UnixStream>| timeout(DEADLINE, end).await.unwrap().unwrap();
+        let get = async |end: oneshot::Receiver<UnixStream>| {
+            timeout(DEADLINE, end).await.unwrap().unwrap()
+        };
         Ends {
             stdin: Some(get(self.0).await),
             stdout: get(self.1).await,
