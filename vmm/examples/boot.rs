@@ -85,7 +85,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             FromVmm::Event(Event::Stopped { reason, console }) => {
                 println!("{at:?} stopped: {reason:?}\n{console}");
             }
-            FromVmm::Reply(Reply::Counters(counters)) => println!("{at:?} {counters:#?}"),
+            FromVmm::Reply(Reply::Counters(counters)) => {
+                let since = now_ns().saturating_sub(counters.entered_ns) / 1000;
+                println!("{since} us after the kernel's entry: {counters:#?}");
+            }
             FromVmm::Reply(reply) => println!("{at:?} {reply:?}"),
         }
     }
@@ -114,6 +117,13 @@ fn spawn(path: &PathBuf, socket: Channel) -> std::io::Result<std::process::Child
         });
     }
     command.spawn()
+}
+
+/// The clock of [`bulkhead_vmm_control::Counters::entered_ns`].
+fn now_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
 fn echo(fd: OwnedFd) {

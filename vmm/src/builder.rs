@@ -189,7 +189,8 @@ pub fn build(
         loaded.initramfs,
         &seed()?,
     )?;
-    mptable::write(&memory, config.vcpus)?;
+    let irqs: Vec<u32> = (0..devices.count()).map(|index| place(index).1).collect();
+    mptable::write(&memory, config.vcpus, &irqs)?;
     registers::write_tables(&memory)?;
 
     let vcpu_fds = create_vcpus(&kvm, &vm, config.vcpus)?;

@@ -35,9 +35,6 @@ pub enum ServeError {
     /// The wait for the next request.
     #[error("Cannot wait for the control socket")]
     Poll(#[source] io::Error),
-    /// The descriptor of open descriptors, which the file server works with.
-    #[error("Cannot open /proc/self/fd")]
-    ProcSelfFd(#[source] io::Error),
     /// The event by which other threads are heard.
     #[error("Cannot create an eventfd")]
     EventFd(#[source] io::Error),
@@ -52,6 +49,9 @@ enum RequestError {
     NotBooted,
     #[error("{0} descriptors came with the request instead of {1}")]
     Descriptors(usize, usize),
+    /// The directory of open descriptors, which the file server works with.
+    #[error("Cannot open /proc/self/fd")]
+    ProcSelfFd(#[source] io::Error),
     #[error(transparent)]
     Build(#[from] BuildError),
     #[error("Cannot share {name}")]
@@ -81,7 +81,6 @@ pub fn serve(channel: Channel) -> Result<(), ServeError> {
     let mut server = Server {
         channel,
         vm: None,
-        proc_self_fd: Some(open_proc_self_fd()?),
         notices,
         heard,
         wake: Arc::new(wake),
@@ -102,7 +101,6 @@ pub fn serve(channel: Channel) -> Result<(), ServeError> {
 struct Server {
     channel: Channel,
     vm: Option<Vm>,
-    proc_self_fd: Option<OwnedFd>,
     notices: mpsc::SyncSender<Notice>,
     heard: mpsc::Receiver<Notice>,
     wake: Arc<EventFd>,
@@ -216,19 +214,21 @@ impl Server {
     }
 
     fn boot(&mut self, config: &VmConfig, fds: Vec<OwnedFd>) -> Result<(), RequestError> {
+        if self.vm.is_some() {
+            return Err(RequestError::BootedTwice);
+        }
         let (console, [kvm, kernel, initramfs]) = if config.console {
             let [kvm, kernel, initramfs, console] = exactly(fds)?;
             (Some(File::from(console)), [kvm, kernel, initramfs])
         } else {
             (None, exactly(fds)?)
         };
-        let proc_self_fd = self.proc_self_fd.take().ok_or(RequestError::BootedTwice)?;
         let resources = Resources {
             kvm,
             kernel: kernel.into(),
             initramfs: initramfs.into(),
             console,
-            proc_self_fd,
+            proc_self_fd: open_proc_self_fd()?,
         };
         self.vm = Some(builder::build(config, resources, self.callbacks())?);
         Ok(())
@@ -260,11 +260,11 @@ fn exactly<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], RequestErr
         .map_err(|fds: Vec<OwnedFd>| RequestError::Descriptors(fds.len(), N))
 }
 
-fn open_proc_self_fd() -> Result<OwnedFd, ServeError> {
+fn open_proc_self_fd() -> Result<OwnedFd, RequestError> {
     use rustix::fs::{Mode, OFlags, open};
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     open("/proc/self/fd", flags, Mode::empty())
-        .map_err(|errno| ServeError::ProcSelfFd(errno.into()))
+        .map_err(|errno| RequestError::ProcSelfFd(errno.into()))
 }
 
 /// An error with its causes: `what failed: why: why that`.

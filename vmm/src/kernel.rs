@@ -1,6 +1,9 @@
 //! Brings kernel and initramfs into guest memory: read(2) straight into the place where they run.
 
-use std::{fs::File, io};
+use std::{
+    fs::File,
+    io::{self, Seek},
+};
 
 use linux_loader::loader::{Elf, KernelLoader};
 use thiserror::Error;
@@ -20,8 +23,8 @@ pub enum KernelError {
         "Cannot load the guest kernel: is it an uncompressed vmlinux, and memory_mib large enough?"
     )]
     Kernel(#[source] linux_loader::loader::Error),
-    /// The initramfs cannot be examined.
-    #[error("Cannot read the size of the initramfs")]
+    /// The initramfs is no regular file.
+    #[error("Cannot find the start and end of the initramfs")]
     InitramfsSize(#[source] io::Error),
     /// An initramfs without a byte.
     #[error("The initramfs is empty")]
@@ -50,8 +53,10 @@ pub fn load(
     kernel: &mut File,
     initramfs: &mut File,
 ) -> Result<Loaded, KernelError> {
+    // Whoever checked the file has left it somewhere else.
     let size = initramfs
-        .metadata()
+        .rewind()
+        .and_then(|()| initramfs.metadata())
         .map_err(KernelError::InitramfsSize)?
         .len();
     if size == 0 {
@@ -84,14 +89,13 @@ pub fn load(
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Seek, Write};
+    use std::io::Write;
 
     use super::*;
 
     fn file(bytes: &[u8]) -> File {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(bytes).unwrap();
-        file.rewind().unwrap();
         file
     }
 

@@ -47,5 +47,3 @@ pub const HIGH_MEMORY_START: u64 = 0x1_0000_0000;
 
 /// Interrupt of the first virtio device; the following devices have the following ones.
 pub const VIRTIO_IRQ_START: u32 = 5;
-/// Pins of the I/O APIC.
-pub const IOAPIC_PINS: u8 = 24;

@@ -1,15 +1,18 @@
 //! The MP table (Intel MultiProcessor Specification 1.4, chapter 4): one entry per CPU, one ISA
-//! bus, one I/O APIC and its interrupts.
+//! bus, one I/O APIC and those of its interrupts that are used. The kernel writes to the I/O APIC
+//! for each one listed, and each write is an exit.
 
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::layout::{IOAPIC, IOAPIC_PINS, LOCAL_APIC, MP_TABLE, MP_TABLE_MAX};
+use super::layout::{IOAPIC, LOCAL_APIC, MP_TABLE, MP_TABLE_MAX};
 use crate::memory::GuestMemory;
 
 /// CPUs with 8-bit APIC identifiers, one of which is the I/O APIC's and one the broadcast.
 pub const MAX_CPUS: u8 = 254;
 
+/// Pins of KVM's I/O APIC.
+const IOAPIC_PINS: u8 = 24;
 const FLOATING_POINTER_LEN: usize = 16;
 const HEADER_LEN: usize = 44;
 const SPEC_1_4: u8 = 4;
@@ -32,25 +35,36 @@ pub enum MpTableError {
     /// More CPUs than the table can describe.
     #[error("Cannot describe {0} CPUs to the guest: at most {MAX_CPUS}")]
     TooManyCpus(u8),
+    /// More devices than the I/O APIC has pins.
+    #[error("The I/O APIC has no pin for interrupt {0}")]
+    NoPin(u32),
     /// Guest memory ends before the table's place.
     #[error("Cannot write the MP table to guest memory")]
     Write(#[source] vm_memory::GuestMemoryError),
 }
 
-/// Writes the table for CPUs with APIC identifiers 0 to `cpus - 1`.
-pub fn write(memory: &GuestMemory, cpus: u8) -> Result<(), MpTableError> {
+/// Writes the table for CPUs with APIC identifiers 0 to `cpus - 1` and devices with the interrupts
+/// `irqs`.
+pub fn write(memory: &GuestMemory, cpus: u8, irqs: &[u32]) -> Result<(), MpTableError> {
     if cpus > MAX_CPUS {
         return Err(MpTableError::TooManyCpus(cpus));
     }
-    let table = table(cpus);
+    let pins = irqs
+        .iter()
+        .map(|irq| match u8::try_from(*irq) {
+            Ok(pin) if pin < IOAPIC_PINS => Ok(pin),
+            _ => Err(MpTableError::NoPin(*irq)),
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let table = table(cpus, &pins);
     debug_assert!(table.len() <= MP_TABLE_MAX);
     memory
         .write_slice(&table, GuestAddress(MP_TABLE))
         .map_err(MpTableError::Write)
 }
 
-fn table(cpus: u8) -> Vec<u8> {
-    let (entries, count) = entries(cpus);
+fn table(cpus: u8, pins: &[u8]) -> Vec<u8> {
+    let (entries, count) = entries(cpus, pins);
     let mut table = floating_pointer();
     let header = header(&entries, count);
     table.extend(header);
@@ -84,7 +98,7 @@ fn header(entries: &[u8], count: u16) -> Vec<u8> {
     header
 }
 
-fn entries(cpus: u8) -> (Vec<u8>, u16) {
+fn entries(cpus: u8, pins: &[u8]) -> (Vec<u8>, u16) {
     let ioapic_id = cpus;
     let mut entries = Vec::new();
     let mut count = 0u16;
@@ -106,8 +120,8 @@ fn entries(cpus: u8) -> (Vec<u8>, u16) {
     push(&entry);
     // Polarity and trigger "as the bus says": for ISA active high and edge-triggered, as an irqfd
     // raises them.
-    for pin in 0..IOAPIC_PINS {
-        push(&[3, INTERRUPT_VECTORED, 0, 0, 0, pin, ioapic_id, pin]);
+    for pin in pins {
+        push(&[3, INTERRUPT_VECTORED, 0, 0, 0, *pin, ioapic_id, *pin]);
     }
     push(&[4, INTERRUPT_EXTERNAL, 0, 0, 0, 0, 0, 0]);
     push(&[4, INTERRUPT_NMI, 0, 0, 0, 0, ALL_LOCAL_APICS, 1]);
@@ -134,8 +148,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_table_adds_up(cpus in 1..=MAX_CPUS) {
-            let table = table(cpus);
+        fn every_table_adds_up(cpus in 1..=MAX_CPUS, pins in 0..IOAPIC_PINS) {
+            let table = table(cpus, &(0..pins).collect::<Vec<_>>());
             prop_assert!(table.len() <= MP_TABLE_MAX);
             let (pointer, configuration) = table.split_at(FLOATING_POINTER_LEN);
             prop_assert_eq!(sum(pointer), 0);
@@ -162,12 +176,14 @@ mod tests {
     }
 
     #[test]
-    fn too_many_cpus_are_refused() {
+    fn too_many_cpus_or_interrupts_are_refused() {
         let memory = crate::memory::allocate(1).unwrap();
         assert!(matches!(
-            write(&memory, 255),
+            write(&memory, 255, &[]),
             Err(MpTableError::TooManyCpus(255))
         ));
-        write(&memory, MAX_CPUS).unwrap();
+        write(&memory, MAX_CPUS, &[5, 23]).unwrap();
+        let error = write(&memory, 1, &[24]).unwrap_err();
+        assert!(matches!(error, MpTableError::NoPin(24)));
     }
 }
