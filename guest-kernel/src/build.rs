@@ -48,6 +48,9 @@ const MAKE_VARIABLES: [&str; 5] = [
 const COMPILE_DEADLINE: Duration = Duration::from_secs(90 * 60);
 const STEP_DEADLINE: Duration = Duration::from_secs(15 * 60);
 
+/// Begins the names of working directories in the cache.
+const WORK_PREFIX: &str = "build-";
+
 /// A line of progress is given for this many files.
 const FILES_PER_LINE: usize = 200;
 
@@ -143,8 +146,9 @@ pub fn build(cache_dir: &Path, progress: &mut dyn FnMut(&str)) -> Result<Kernel,
         steps.announce(&format!(
             "building the guest kernel from {SOURCE_PACKAGE} {source}; its output goes to {log}"
         ));
+        remove_leftovers(&directory)?;
         let work = tempfile::Builder::new()
-            .prefix("build-")
+            .prefix(WORK_PREFIX)
             .tempdir_in(&directory)
             .map_err(io_error("create a directory in", &directory))?;
         let result = compile(work.path(), &mut steps)?;
@@ -166,6 +170,19 @@ impl Kernel {
             None => Err(BuildError::NotAKernel(vmlinux)),
         }
     }
+}
+
+/// Removes the working directories of builds that were killed. The lock is held: none is in use.
+fn remove_leftovers(directory: &Path) -> Result<(), BuildError> {
+    let entries = fs::read_dir(directory).map_err(io_error("list", directory))?;
+    for entry in entries {
+        let entry = entry.map_err(io_error("list", directory))?;
+        if entry.file_name().to_string_lossy().starts_with(WORK_PREFIX) {
+            let path = entry.path();
+            fs::remove_dir_all(&path).map_err(io_error("remove", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Runs the steps of one build, with their output in one log.

@@ -97,6 +97,11 @@ fn supervise(
                 let count = pipe.read(&mut buffer)?;
                 if count == 0 {
                     stdout = None;
+                    // The last line need not end with a newline.
+                    if !partial.is_empty() {
+                        on_line(&String::from_utf8_lossy(&partial));
+                        partial.clear();
+                    }
                 }
                 log.write_all(&buffer[..count])?;
                 partial.extend_from_slice(&buffer[..count]);
@@ -211,10 +216,10 @@ mod tests {
 
     #[test]
     fn output_is_given_by_line_and_logged() {
-        let (result, lines, log) = lines("echo one; echo error >&2; echo two", LONG);
+        let (result, lines, log) = lines("echo one; echo error >&2; printf two", LONG);
         result.unwrap();
         assert_eq!(lines, ["one", "two"]);
-        for line in ["one\n", "two\n", "error\n"] {
+        for line in ["one\n", "two", "error\n"] {
             assert!(log.contains(line), "{log:?}");
         }
     }
