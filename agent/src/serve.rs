@@ -21,6 +21,7 @@ use tokio::{
 use ttrpc::r#async::{Server, transport::Listener};
 
 use crate::{
+    cgroup::{self, CgroupError},
     log,
     reaper::Reaper,
     service::Service,
@@ -57,6 +58,9 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
+    /// The cgroup that containers' cgroups are made in.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// The ttrpc server.
     #[error("failed to start the ttrpc server")]
     Server(#[source] ttrpc::Error),
@@ -115,6 +119,7 @@ pub fn without_vm(dir: PathBuf, started_ns: u64) -> ExitCode {
             started_ns,
             ready_ns: boottime_ns(),
         };
+        cgroup::delegate_controllers(&guest.cgroup_root)?;
         let host = guest.transport.dial(AGENT_PORT);
         run(guest, host.map_err(failed("dial the host"))?)
     };

@@ -39,6 +39,9 @@ pub fn spec(spec: &Spec, shared: impl Fn(usize) -> bool) -> Result<(), SpecError
         )?;
         refuse("hooks.startContainer", set(hooks.start_container()), reason)?;
     }
+    let has = |maps: &Option<Vec<_>>| maps.as_ref().is_some_and(|maps| !maps.is_empty());
+    let misplaced = has(spec.uid_mappings()) || has(spec.gid_mappings());
+    refuse("uidMappings", misplaced, "user namespaces are not applied")?;
     refuse_missing("root", spec.root().is_none())?;
     let Some(process_spec) = spec.process() else {
         return Err(SpecError::Missing { field: "process" });
@@ -62,6 +65,8 @@ pub fn process(process: &Process) -> Result<(), SpecError> {
         process.command_line().is_some(),
         "not Linux",
     )?;
+    let username = process.user().username().as_deref().unwrap_or_default();
+    refuse("process.user.username", !username.is_empty(), "not Linux")?;
     let nul = |text: &str| text.contains('\0');
     if args.iter().any(|arg| nul(arg)) || process.env().iter().flatten().any(|env| nul(env)) {
         return Err(SpecError::invalid("process", "a NUL byte in args or env"));

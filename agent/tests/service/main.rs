@@ -377,6 +377,69 @@ async fn devices_are_kept_away() {
 }
 
 #[tokio::test]
+async fn limits_are_set_or_missed_by_name() {
+    let host = Host::start().await;
+    let controllers = std::fs::read_to_string(host.dir.path().join("cgroup/cgroup.controllers"));
+    let controllers = controllers.unwrap();
+    let limits = [
+        (
+            "memory",
+            json!({"memory": {"limit": 67_108_864}}),
+            "memory.max",
+            "67108864",
+        ),
+        (
+            "cpu",
+            json!({"cpu": {"quota": 50_000, "period": 100_000}}),
+            "cpu.max",
+            "50000 100000",
+        ),
+        ("pids", json!({"pids": {"limit": 77}}), "pids.max", "77"),
+    ];
+    for (controller, resources, file, value) in limits {
+        let mut spec = spec(&format!("cat /sys/fs/cgroup/{file}"));
+        spec["linux"]["resources"] = resources;
+        if controllers
+            .split_whitespace()
+            .any(|name| name == controller)
+        {
+            let (_, out, err) = host.run("c1", &spec).await;
+            assert_eq!(out.trim(), value, "{err}");
+        } else {
+            let (code, text) = status(host.create("c1", &spec).await);
+            assert_eq!(code, Code::INTERNAL);
+            assert!(
+                text.starts_with(&format!("failed to set {file} to {value:?}")),
+                "{text}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn numbers_of_a_container_are_told() {
+    let host = Host::start().await;
+    let mut ends = host
+        .create("c1", &spec("echo up; sleep 1000"))
+        .await
+        .unwrap();
+    host.start_container("c1").await.unwrap();
+    ends.expect("up\n").await;
+    let request = bulkhead_agent_api::messages::ContainerRequest {
+        container_id: "c1".to_owned(),
+        ..Default::default()
+    };
+    let stats = host.client.stats(deadline(), &request).await.unwrap();
+    assert!(stats.cpu.usage_usec > 0, "{stats}");
+    host.client
+        .signal(deadline(), &signal("c1", "", libc::SIGKILL, true))
+        .await
+        .unwrap();
+    host.wait("c1", "").await;
+    host.delete("c1").await;
+}
+
+#[tokio::test]
 async fn seccomp_filters_system_calls() {
     let host = Host::start().await;
     for no_new_privileges in [true, false] {
