@@ -6,6 +6,7 @@ use anyhow::Result;
 use bulkhead_lab::{Lab, LabOptions, Step};
 use clap::Subcommand;
 
+use crate::lab::save_logs;
 use crate::{build, install};
 
 /// The tests' program in the lab, which has the measurements too.
@@ -37,5 +38,9 @@ pub fn run(task: BenchTask) -> Result<i32> {
     lab.push(&program, E2E)?;
     step.done();
     let exec = lab.exec([E2E, "bench", name]).limit(LIMIT);
-    Ok(exec.stream(&mut std::io::stdout(), &mut std::io::stderr())?)
+    let result = exec.stream(&mut std::io::stdout(), &mut std::io::stderr());
+    if !matches!(result, Ok(0)) {
+        save_logs(&lab);
+    }
+    Ok(result?)
 }

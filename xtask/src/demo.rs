@@ -8,6 +8,7 @@ use anyhow::Result;
 use bulkhead_lab::{Cache, Lab, LabOptions, Step, busybox_archive, run_logged, run_shown};
 
 use crate::build::{self, Built};
+use crate::lab::save_logs;
 use crate::{host, install};
 
 /// The container that is shown.
@@ -61,5 +62,9 @@ fn in_lab(built: &Built) -> Result<i32> {
     step.done();
     eprintln!("lab$ {}", DEMO.join(" "));
     let exec = lab.exec(DEMO).limit(LIMIT);
-    Ok(exec.stream(&mut std::io::stdout(), &mut std::io::stderr())?)
+    let result = exec.stream(&mut std::io::stdout(), &mut std::io::stderr());
+    if !matches!(result, Ok(0)) {
+        save_logs(&lab);
+    }
+    Ok(result?)
 }

@@ -1,14 +1,14 @@
 //! `cargo xtask lab`: labs that stay up in the background.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use bulkhead_lab::{Cache, Client, Input, LabOptions, LabState, Step};
+use bulkhead_lab::{Cache, Client, Input, Lab, LabOptions, LabState, Step, target_dir};
 use clap::{Args, Subcommand};
 
 use crate::terminal::Terminal;
@@ -148,6 +148,32 @@ pub fn load_debian_dev(lab: &Client) -> Result<()> {
         );
     }
     step.done();
+    Ok(())
+}
+
+/// Saves what explains a failure, after one: the lab's console, containerd's log, and the state of
+/// pods with their guests' consoles.
+pub fn save_logs(lab: &Lab) {
+    let kept = target_dir().join("failed-lab");
+    match save_logs_in(lab, &kept) {
+        Ok(()) => eprintln!("The lab's logs are in {}", kept.display()),
+        Err(error) => eprintln!("The lab's logs could not all be saved: {error:#}"),
+    }
+}
+
+fn save_logs_in(lab: &Lab, to: &Path) -> Result<()> {
+    if to.exists() {
+        fs::remove_dir_all(to).with_context(|| format!("remove {}", to.display()))?;
+    }
+    fs::create_dir_all(to).with_context(|| format!("create {}", to.display()))?;
+    let console = lab.state().console();
+    fs::copy(&console, to.join("lab-console.log"))
+        .with_context(|| format!("copy {}", console.display()))?;
+    let client: &Client = lab;
+    client.pull("/var/log/containerd.log", &to.join("containerd.log"))?;
+    if client.exec(["test", "-d", "/run/bulkhead"]).run()?.status == 0 {
+        client.pull("/run/bulkhead", &to.join("pods"))?;
+    }
     Ok(())
 }
 

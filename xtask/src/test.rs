@@ -1,13 +1,11 @@
 //! `cargo xtask test`: everything that is checked before a change goes in.
 
-use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use bulkhead_lab::{BUILD_LIMIT, Client, Lab, LabOptions, Step, cargo, run_shown, target_dir};
+use anyhow::Result;
+use bulkhead_lab::{BUILD_LIMIT, Lab, LabOptions, Step, cargo, run_shown};
 
-use crate::lab::load_debian_dev;
+use crate::lab::{load_debian_dev, save_logs};
 use crate::{build, install};
 
 /// Where the end-to-end tests' program is in the lab.
@@ -38,11 +36,7 @@ pub fn run(e2e: Option<&str>) -> Result<i32> {
         .limit(E2E_LIMIT)
         .stream(&mut std::io::stdout(), &mut std::io::stderr());
     if !matches!(result, Ok(0)) {
-        let kept = target_dir().join("failed-e2e");
-        match keep_logs(&lab, &kept) {
-            Ok(()) => eprintln!("The lab's logs are in {}", kept.display()),
-            Err(error) => eprintln!("The lab's logs could not all be kept: {error:#}"),
-        }
+        save_logs(&lab);
     }
     Ok(result?)
 }
@@ -71,23 +65,5 @@ fn check() -> Result<()> {
     };
     run_shown(cargo().args(runner).arg("--workspace"), BUILD_LIMIT)?;
     step.done();
-    Ok(())
-}
-
-/// Saves what explains a failure: the lab's console, containerd's log, and the state of pods with
-/// their guests' consoles.
-fn keep_logs(lab: &Lab, to: &Path) -> Result<()> {
-    if to.exists() {
-        fs::remove_dir_all(to).with_context(|| format!("remove {}", to.display()))?;
-    }
-    fs::create_dir_all(to).with_context(|| format!("create {}", to.display()))?;
-    let console = lab.state().console();
-    fs::copy(&console, to.join("lab-console.log"))
-        .with_context(|| format!("copy {}", console.display()))?;
-    let client: &Client = lab;
-    client.pull("/var/log/containerd.log", &to.join("containerd.log"))?;
-    if client.exec(["test", "-d", "/run/bulkhead"]).run()?.status == 0 {
-        client.pull("/run/bulkhead", &to.join("pods"))?;
-    }
     Ok(())
 }
