@@ -15,6 +15,7 @@ use tokio::{
     sync::Mutex as AsyncMutex,
     time::{Instant, timeout, timeout_at},
 };
+use ttrpc::Code;
 
 use crate::{
     agent_client::{AgentClient, AgentError, Exit},
@@ -78,6 +79,7 @@ impl Resources {
         if std::mem::take(&mut self.in_guest)
             && let Some(agent) = host.pod.ready_agent()
             && let Err(error) = agent.delete(id, "").await
+            && error.code() != Code::NOT_FOUND
         {
             let error = text::chain(&error);
             tracing::warn!(id, error, "The agent cannot release a container");

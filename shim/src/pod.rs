@@ -37,7 +37,7 @@ use crate::{
 
 /// How long a guest may take until its agent connects. Generous, because the host may be emulated;
 /// a guest that cannot boot ends by itself much sooner.
-const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 
 /// How long to wait for the VMM to tell why the agent's connection is gone.
 const EXPLANATION_DEADLINE: Duration = Duration::from_secs(3);

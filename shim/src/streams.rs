@@ -17,7 +17,7 @@ use tokio::{
 };
 
 /// How long a connection may take to send its token.
-const TOKEN_DEADLINE: Duration = Duration::from_secs(10);
+const TOKEN_DEADLINE: Duration = Duration::from_secs(60);
 
 /// The most connections at a time that have not sent their token.
 const MAX_UNIDENTIFIED: usize = 64;

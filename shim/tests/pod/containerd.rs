@@ -1,0 +1,301 @@
+//! As much of containerd as the tests need: bundles, calls and events.
+
+use std::{
+    fs,
+    io::Write,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use containerd_shim_protos::{
+    api::{CreateTaskRequest, DeleteRequest, Empty, Mount, StartRequest, WaitRequest},
+    events::task::TaskExit,
+    shim::events::ForwardRequest,
+    shim_async::{Client, Events, TaskClient, create_events},
+};
+use protobuf::Message;
+use serde_json::json;
+use ttrpc::{
+    asynchronous::{Server, TtrpcContext},
+    context,
+};
+
+const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2");
+
+/// No call takes this long unless something hangs.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+pub fn deadline() -> context::Context {
+    context::with_duration(DEADLINE)
+}
+
+type Log = Arc<Mutex<Vec<(String, Vec<u8>)>>>;
+
+struct EventLog(Log);
+
+#[async_trait]
+impl Events for EventLog {
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+        let envelope = request.envelope.unwrap();
+        let event = envelope.event.unwrap();
+        assert!(event.type_url.starts_with("containerd.events.Task"));
+        self.0.lock().unwrap().push((envelope.topic, event.value));
+        Ok(Empty::new())
+    }
+}
+
+/// A machine with containerd on it, in a directory that is removed with this.
+pub struct Containerd {
+    pub directory: tempfile::TempDir,
+    log: Log,
+    _server: Server,
+}
+
+impl Containerd {
+    pub async fn new(scenario: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        fs::create_dir(path.join("guest")).unwrap();
+        fs::write(path.join("guest/vmlinux"), "kernel").unwrap();
+        fs::write(path.join("guest/initramfs.cpio"), "initramfs").unwrap();
+        bulkhead_rootfs_builder::write_manifest(&path.join("guest"), "6.12").unwrap();
+        fs::create_dir(path.join("image")).unwrap();
+        fs::write(path.join("image/hello"), "from the image").unwrap();
+        fs::write(path.join("scenario"), scenario).unwrap();
+        let vmm = path.join("bulkhead-vmm");
+        std::os::unix::fs::symlink(std::env::current_exe().unwrap(), &vmm).unwrap();
+        let config = format!(
+            "guest_dir = {:?}\nvmm = {:?}\nstate_dir = {:?}\nlog_level = 'debug'\n",
+            path.join("guest"),
+            vmm,
+            path.join("state"),
+        );
+        fs::write(path.join("config.toml"), config).unwrap();
+        let log = Log::default();
+        let mut server = Server::new()
+            .bind(&format!("unix://{}", path.join("events").display()))
+            .unwrap()
+            .register_service(create_events(Arc::new(EventLog(log.clone()))));
+        server.start().await.unwrap();
+        Self {
+            directory,
+            log,
+            _server: server,
+        }
+    }
+
+    pub fn bundle(&self, id: &str) -> PathBuf {
+        self.directory.path().join("bundles").join(id)
+    }
+
+    /// Name of the cgroup of a container; unique on the machine.
+    pub fn cgroup(&self, id: &str) -> PathBuf {
+        let unique = self.directory.path().file_name().unwrap();
+        Path::new("/sys/fs/cgroup/bulkhead-test")
+            .join(unique)
+            .join(id)
+    }
+
+    /// Writes a bundle whose container runs `args`.
+    pub fn add_bundle(&self, id: &str, group: Option<&str>, args: &[&str]) {
+        let bundle = self.bundle(id);
+        fs::create_dir_all(&bundle).unwrap();
+        let mut spec = json!({
+            "ociVersion": "1.1.0",
+            "root": {"path": "rootfs"},
+            "process": {"args": args, "cwd": "/"},
+            "linux": {
+                "cgroupsPath": self.cgroup(id).strip_prefix("/sys/fs/cgroup").unwrap().join(""),
+                "namespaces": [{"type": "network"}, {"type": "mount"}],
+            },
+            "mounts": [{
+                "destination": "/extra", "type": "bind", "source": self.directory.path(),
+                "options": ["rbind", "ro"],
+            }],
+        });
+        if let Some(group) = group {
+            spec["annotations"] = json!({"io.kubernetes.cri.sandbox-id": group});
+        }
+        fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+        let log = bundle.join("log");
+        nix::unistd::mkfifo(&log, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    }
+
+    /// Runs the shim's executable as containerd does.
+    pub fn run_shim(&self, id: &str, action: &str, prepare: fn() -> std::io::Result<()>) -> Output {
+        let mut command = Command::new(SHIM);
+        command
+            .args(["-namespace", "test", "-address", "/containerd.sock"])
+            .args(["-publish-binary", "/containerd", "-id", id])
+            .args(["-bundle".as_ref(), self.bundle(id).as_os_str()])
+            .arg(action)
+            .current_dir(self.bundle(id))
+            .env("TTRPC_ADDRESS", self.directory.path().join("events"))
+            .env("BULKHEAD_CONFIG", self.directory.path().join("config.toml"))
+            .stdin(Stdio::null());
+        // SAFETY: the tests' functions make system calls only.
+        unsafe { command.pre_exec(prepare) };
+        command.output().unwrap()
+    }
+
+    /// `start`: returns the client and the address.
+    pub async fn start_shim(&self, id: &str) -> (TaskClient, String) {
+        self.start_shim_with(id, || Ok(())).await
+    }
+
+    pub async fn start_shim_with(
+        &self,
+        id: &str,
+        prepare: fn() -> std::io::Result<()>,
+    ) -> (TaskClient, String) {
+        let output = self.run_shim(id, "start", prepare);
+        assert!(output.status.success(), "{output:?}");
+        assert!(output.stderr.is_empty(), "{output:?}");
+        let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(answer["version"], 2);
+        assert_eq!(answer["protocol"], "ttrpc");
+        let address = answer["address"].as_str().unwrap().to_owned();
+        let socket = fs::metadata(address.strip_prefix("unix://").unwrap()).unwrap();
+        assert_eq!(socket.permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            fs::read_to_string(self.bundle(id).join("address")).unwrap(),
+            address
+        );
+        let client = Client::connect(&address).await.unwrap();
+        (TaskClient::new(client), address)
+    }
+
+    /// A request that mounts the image by a bind mount.
+    pub fn create_request(&self, id: &str) -> CreateTaskRequest {
+        CreateTaskRequest {
+            id: id.into(),
+            bundle: self.bundle(id).to_str().unwrap().into(),
+            rootfs: vec![Mount {
+                type_: "bind".into(),
+                source: self.directory.path().join("image").to_str().unwrap().into(),
+                options: vec!["rbind".into(), "rw".into()],
+                ..Mount::default()
+            }],
+            ..CreateTaskRequest::default()
+        }
+    }
+
+    /// Makes a FIFO and returns its path.
+    pub fn fifo(&self, name: &str) -> String {
+        let path = self.directory.path().join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        path.to_str().unwrap().into()
+    }
+
+    /// The topics of the events so far, with whose exit an exit is.
+    pub fn topics(&self) -> Vec<String> {
+        self.log
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|(topic, value)| {
+                if topic == "/tasks/exit" {
+                    let exit = TaskExit::parse_from_bytes(value).unwrap();
+                    format!("{topic} {} {}", exit.id, exit.exit_status)
+                } else {
+                    topic.clone()
+                }
+            })
+            .collect()
+    }
+
+    /// Panics if anything of a pod is left on the machine.
+    pub fn assert_nothing_left(&self, id: &str) {
+        let path = self.directory.path();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let bundle = self.bundle(id);
+        assert!(!mounts.contains(bundle.to_str().unwrap()), "{mounts}");
+        assert!(!self.cgroup(id).exists(), "the cgroup is left");
+        assert!(!path.join("state/test").exists(), "the state is left");
+        for process in processes() {
+            let command = process.command.replace('\0', " ");
+            assert!(
+                !command.contains(path.to_str().unwrap()) && !command.contains(&*self.mark(id)),
+                "{command} is left"
+            );
+        }
+    }
+
+    fn mark(&self, id: &str) -> String {
+        self.cgroup(id).to_str().unwrap().into()
+    }
+
+    /// The PIDs of the pod's VMM.
+    pub fn vmm_pids(&self) -> Vec<i32> {
+        let name = self.directory.path().join("bulkhead-vmm");
+        processes()
+            .filter(|process| process.command.starts_with(name.to_str().unwrap()))
+            .map(|process| process.pid)
+            .collect()
+    }
+}
+
+struct Process {
+    pid: i32,
+    command: String,
+}
+
+fn processes() -> impl Iterator<Item = Process> {
+    fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let entry = entry.ok()?;
+        Some(Process {
+            pid: entry.file_name().to_str()?.parse().ok()?,
+            command: fs::read_to_string(entry.path().join("cmdline")).ok()?,
+        })
+    })
+}
+
+/// Waits until a process is gone, reaped or not.
+pub fn wait_gone(pid: i32) {
+    let Ok(fd) = rustix::process::pidfd_open(
+        rustix::process::Pid::from_raw(pid).unwrap(),
+        rustix::process::PidfdFlags::empty(),
+    ) else {
+        return;
+    };
+    let mut polled = [nix::poll::PollFd::new(
+        std::os::fd::AsFd::as_fd(&fd),
+        nix::poll::PollFlags::POLLIN,
+    )];
+    let ready = nix::poll::poll(&mut polled, 30_000u16).unwrap();
+    assert_eq!(ready, 1, "process {pid} is still there");
+}
+
+pub fn start(id: &str, exec_id: &str) -> StartRequest {
+    StartRequest {
+        id: id.into(),
+        exec_id: exec_id.into(),
+        ..StartRequest::default()
+    }
+}
+
+pub fn wait(id: &str, exec_id: &str) -> WaitRequest {
+    WaitRequest {
+        id: id.into(),
+        exec_id: exec_id.into(),
+        ..WaitRequest::default()
+    }
+}
+
+pub fn delete(id: &str, exec_id: &str) -> DeleteRequest {
+    DeleteRequest {
+        id: id.into(),
+        exec_id: exec_id.into(),
+        ..DeleteRequest::default()
+    }
+}
+
+/// Says something to a FIFO as a client does.
+pub fn write_fifo(path: &str, bytes: &[u8]) {
+    let mut fifo = fs::OpenOptions::new().write(true).open(path).unwrap();
+    fifo.write_all(bytes).unwrap();
+}

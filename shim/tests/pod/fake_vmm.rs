@@ -1,0 +1,370 @@
+//! A VMM without a VM: it speaks the control protocol and serves the agent's API itself.
+//!
+//! What it does at boot is told by the file `scenario` beside it, and what its containers do by
+//! the arguments of their processes.
+
+use std::{
+    collections::HashMap,
+    fs,
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+        unix::net,
+    },
+    path::Path,
+    sync::{Arc, Mutex},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use async_trait::async_trait;
+use bulkhead_agent_api::{
+    AGENT_PORT, STREAM_PORT,
+    messages::{
+        ContainerRequest, CreateContainerRequest, Empty, ExecRequest, InfoRequest, InfoResponse,
+        ProcessRequest, ResizePtyRequest, SignalRequest, StatsResponse, Stdio, WaitResponse,
+    },
+    service::{Agent, create_agent},
+};
+use bulkhead_vmm_control::{
+    CONTROL_FD, Channel, Counters, Event, FromVmm, Packet, Reply, Request, StopReason,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+    sync::watch,
+};
+use ttrpc::{
+    Code,
+    asynchronous::{Server, TtrpcContext, transport::Listener},
+    error::get_rpc_status,
+};
+
+type Shares = Arc<Mutex<HashMap<String, OwnedFd>>>;
+
+/// Runs the fake until the shim hangs up.
+pub fn main(executable: &str) {
+    let scenario = fs::read_to_string(Path::new(executable).with_file_name("scenario")).unwrap();
+    // SAFETY: this is how a VMM gets its control socket.
+    let channel = Arc::new(Channel::from(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) }));
+    let open: Vec<String> = fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    // The fifth is the directory that is being read.
+    assert_eq!(open.len(), 5, "inherited descriptors: {open:?}");
+    let Some(Packet { message, fds }) = channel.receive::<Request>().unwrap() else {
+        return;
+    };
+    assert!(matches!(message, Request::Boot(_)));
+    assert_eq!(fds.len(), 3);
+    match scenario.trim() {
+        "refuse" => {
+            let reason = "Cannot allocate 512 MiB of guest memory: Cannot allocate memory";
+            reply(&channel, Reply::Failed(reason.into()));
+            let _ = channel.receive::<Request>();
+        }
+        "die" => {
+            eprintln!("fake VMM: no luck today");
+            std::process::exit(7);
+        }
+        "panic" => {
+            reply(&channel, Reply::Done);
+            let console = "[ 0.1] VFS: Cannot open root device\n\
+                           [ 0.2] Kernel panic - not syncing: VFS: Unable to mount root fs\n\
+                           [ 0.3] CPU: 0\n";
+            send(
+                &channel,
+                Event::Stopped {
+                    reason: StopReason::Reset,
+                    console: console.into(),
+                },
+            );
+        }
+        _ => serve(channel),
+    }
+}
+
+fn reply(channel: &Channel, reply: Reply) {
+    channel.send(&FromVmm::Reply(reply), &[]).unwrap();
+}
+
+fn send(channel: &Channel, event: Event) {
+    channel.send(&FromVmm::Event(event), &[]).unwrap();
+}
+
+fn connect(channel: &Channel, port: u32) -> UnixStream {
+    let (ours, theirs) = net::UnixStream::pair().unwrap();
+    channel
+        .send(
+            &FromVmm::Event(Event::Connection { port }),
+            &[theirs.as_fd()],
+        )
+        .unwrap();
+    ours.set_nonblocking(true).unwrap();
+    UnixStream::from_std(ours).unwrap()
+}
+
+fn serve(channel: Arc<Channel>) {
+    let shares = Shares::default();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    reply(&channel, Reply::Done);
+    let _server = runtime.block_on(async {
+        let stream = connect(&channel, AGENT_PORT);
+        // Not a second one, and on no other port.
+        connect(&channel, AGENT_PORT);
+        connect(&channel, 99);
+        let agent = FakeAgent {
+            channel: channel.clone(),
+            shares: shares.clone(),
+            processes: Mutex::default(),
+        };
+        let connections = futures::StreamExt::chain(
+            futures::stream::iter([Ok(stream)]),
+            futures::stream::pending::<std::io::Result<UnixStream>>(),
+        );
+        let mut server = Server::new()
+            .add_listener(Listener::new(connections))
+            .register_service(create_agent(Arc::new(agent)));
+        server.start().await.unwrap();
+        server
+    });
+    while let Ok(Some(Packet { message, mut fds })) = channel.receive::<Request>() {
+        match message {
+            Request::Share { name, .. } => {
+                shares.lock().unwrap().insert(name, fds.pop().unwrap());
+                reply(&channel, Reply::Done);
+            }
+            Request::Unshare { name } => {
+                let known = shares.lock().unwrap().remove(&name).is_some();
+                assert!(known, "{name} is no share");
+                reply(&channel, Reply::Done);
+            }
+            Request::Counters => reply(&channel, Reply::Counters(Counters::default())),
+            Request::Boot(_) => panic!("booted twice"),
+        }
+    }
+}
+
+/// A process that exists only here.
+#[derive(Clone)]
+struct Process {
+    arguments: Vec<String>,
+    /// The token and the connection of each stream, in the order of their numbers.
+    streams: [Option<Arc<Mutex<Option<UnixStream>>>>; 3],
+    exit: Arc<watch::Sender<Option<u32>>>,
+    root: String,
+}
+
+struct FakeAgent {
+    channel: Arc<Channel>,
+    shares: Shares,
+    processes: Mutex<HashMap<(String, String), Process>>,
+}
+
+impl FakeAgent {
+    async fn stream(&self, token: &[u8]) -> Option<Arc<Mutex<Option<UnixStream>>>> {
+        if token.is_empty() {
+            return None;
+        }
+        let mut stream = connect(&self.channel, STREAM_PORT);
+        stream.write_all(token).await.unwrap();
+        Some(Arc::new(Mutex::new(Some(stream))))
+    }
+
+    async fn add(
+        &self,
+        (id, exec): (&str, &str),
+        process: &serde_json::Value,
+        stdio: &Stdio,
+        root: String,
+    ) -> Process {
+        let arguments = process["args"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|argument| argument.as_str().unwrap().to_owned())
+            .collect();
+        let process = Process {
+            arguments,
+            streams: [
+                self.stream(&stdio.stdin).await,
+                self.stream(&stdio.stdout).await,
+                self.stream(&stdio.stderr).await,
+            ],
+            exit: Arc::new(watch::Sender::new(None)),
+            root,
+        };
+        let key = (id.to_owned(), exec.to_owned());
+        self.processes.lock().unwrap().insert(key, process.clone());
+        process
+    }
+
+    fn find(&self, id: &str, exec: &str) -> ttrpc::Result<Process> {
+        self.processes
+            .lock()
+            .unwrap()
+            .get(&(id.to_owned(), exec.to_owned()))
+            .cloned()
+            .ok_or_else(|| get_rpc_status(Code::NOT_FOUND, "no such process"))
+    }
+
+    fn run(&self, process: Process) {
+        let listing = self
+            .shares
+            .lock()
+            .unwrap()
+            .get(&process.root)
+            .map(|root| listing(root.as_raw_fd()));
+        tokio::spawn(async move {
+            let [stdin, stdout, stderr] = process.streams.each_ref().map(|stream| {
+                stream
+                    .as_ref()
+                    .and_then(|stream| stream.lock().unwrap().take())
+            });
+            let arguments: Vec<&str> = process.arguments.iter().map(String::as_str).collect();
+            let code = match arguments[..] {
+                ["say", text, code] => {
+                    if let Some(mut stdout) = stdout {
+                        stdout.write_all(text.as_bytes()).await.unwrap();
+                    }
+                    if let Some(mut stderr) = stderr {
+                        stderr.write_all(b"to stderr").await.unwrap();
+                    }
+                    code.parse().unwrap()
+                }
+                ["cat"] => {
+                    let (mut stdin, mut stdout) = (stdin.unwrap(), stdout.unwrap());
+                    tokio::io::copy(&mut stdin, &mut stdout).await.unwrap();
+                    0
+                }
+                ["ls"] => {
+                    let mut stdout = stdout.unwrap();
+                    stdout.write_all(listing.unwrap().as_bytes()).await.unwrap();
+                    0
+                }
+                // Until a signal comes; an end of the input does nothing.
+                ["sleep"] => {
+                    if let Some(mut stdin) = stdin {
+                        let _ = stdin.read(&mut [0]).await;
+                    }
+                    return;
+                }
+                // More than any status can be.
+                ["lie"] => 1000,
+                _ => 127,
+            };
+            process.exit.send_if_modified(|exit| {
+                let first = exit.is_none();
+                *exit = exit.or(Some(code));
+                first
+            });
+        });
+    }
+}
+
+fn listing(root: i32) -> String {
+    let mut names: Vec<String> = fs::read_dir(format!("/proc/self/fd/{root}"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names.join("\n")
+}
+
+#[async_trait]
+impl Agent for FakeAgent {
+    async fn info(&self, _: &TtrpcContext, _: InfoRequest) -> ttrpc::Result<InfoResponse> {
+        Ok(InfoResponse::default())
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let spec: serde_json::Value = serde_json::from_slice(&request.spec).unwrap();
+        if spec["process"]["args"][0] == "unknown" {
+            let message = "exec: \"unknown\": executable file not found in $PATH";
+            return Err(get_rpc_status(Code::INVALID_ARGUMENT, message));
+        }
+        let key = (request.container_id.as_str(), "");
+        self.add(key, &spec["process"], &request.stdio, request.rootfs_share)
+            .await;
+        Ok(Empty::new())
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.run(self.find(&request.container_id, "")?);
+        Ok(Empty::new())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<Empty> {
+        let init = self.find(&request.container_id, "")?;
+        let process: serde_json::Value = serde_json::from_slice(&request.process).unwrap();
+        if process["args"][0] == "unknown" {
+            return Err(get_rpc_status(Code::INVALID_ARGUMENT, "no such command"));
+        }
+        let key = (request.container_id.as_str(), request.exec_id.as_str());
+        let process = self.add(key, &process, &request.stdio, init.root).await;
+        self.run(process);
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
+        let process = self.find(&request.container_id, &request.exec_id)?;
+        let mut exit = process.exit.subscribe();
+        let status = exit.wait_for(Option::is_some).await.unwrap().unwrap();
+        if request.exec_id.is_empty() {
+            // The end of a container's own process ends all others.
+            for ((id, _), other) in &*self.processes.lock().unwrap() {
+                if *id == request.container_id {
+                    other.exit.send_if_modified(|exit| {
+                        let first = exit.is_none();
+                        *exit = exit.or(Some(137));
+                        first
+                    });
+                }
+            }
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        Ok(WaitResponse {
+            status,
+            exited_at_ns: u64::try_from(now.as_nanos()).unwrap(),
+            ..WaitResponse::default()
+        })
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
+        let process = self.find(&request.container_id, &request.exec_id)?;
+        process.exit.send_replace(Some(128 + request.signal));
+        for stream in process.streams.iter().flatten() {
+            stream.lock().unwrap().take();
+        }
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, _: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<Empty> {
+        self.processes
+            .lock()
+            .unwrap()
+            .remove(&(request.container_id, request.exec_id));
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<StatsResponse> {
+        let mut stats = StatsResponse::default();
+        stats.cpu.mut_or_insert_default().usage_usec = 42;
+        Ok(stats)
+    }
+}
