@@ -15,6 +15,9 @@ use rustix::{
 
 /// Descriptors left for the rest of the process.
 const RESERVE: usize = 256;
+/// What the process should be able to open: as much as the host's kernel allows unless it was told
+/// otherwise (`fs.nr_open`).
+const WANTED: u64 = 1024 * 1024;
 
 /// What may be open at once.
 #[derive(Debug)]
@@ -31,20 +34,27 @@ pub(crate) struct Counted {
 }
 
 impl Descriptors {
-    /// The process's own limit of open files, raised as far as it may be (`RLIMIT_NOFILE`, its
-    /// hard limit), less a reserve.
+    /// The process's limit of open files (`RLIMIT_NOFILE`), raised as far as it may be, less a
+    /// reserve. A process with `CAP_SYS_RESOURCE` may go beyond its hard limit, which is 4096 where
+    /// nobody has set it.
     pub(crate) fn of_process() -> Result<Arc<Self>, Errno> {
-        let maximum = getrlimit(Resource::Nofile).maximum;
-        setrlimit(
-            Resource::Nofile,
-            Rlimit {
-                current: maximum,
-                maximum,
-            },
-        )?;
-        let limit = maximum.map_or(usize::MAX, |limit| {
-            usize::try_from(limit).unwrap_or(usize::MAX)
-        });
+        let hard = getrlimit(Resource::Nofile).maximum;
+        let limit = hard.map_or(WANTED, |hard| hard.max(WANTED));
+        let raise = |limit: u64| {
+            setrlimit(
+                Resource::Nofile,
+                Rlimit {
+                    current: Some(limit),
+                    maximum: Some(limit),
+                },
+            )
+            .map(|()| limit)
+        };
+        let limit = match (raise(limit), hard) {
+            (Err(Errno::PERM), Some(hard)) => raise(hard)?,
+            (raised, _) => raised?,
+        };
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         Ok(Self::new(limit.saturating_sub(RESERVE)))
     }
 
@@ -88,5 +98,25 @@ impl AsFd for Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.budget.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fd() -> OwnedFd {
+        std::fs::File::open("/dev/null").unwrap().into()
+    }
+
+    #[test]
+    fn nodes_leave_room_for_files_and_closing_makes_room() {
+        let budget = Descriptors::new(16);
+        let nodes: Vec<_> = (0..14).map(|_| budget.count_node(fd()).unwrap()).collect();
+        assert_eq!(budget.count_node(fd()).unwrap_err(), Errno::NFILE);
+        let files: Vec<_> = (0..2).map(|_| budget.count(fd()).unwrap()).collect();
+        assert_eq!(budget.count(fd()).unwrap_err(), Errno::NFILE);
+        drop((nodes, files));
+        budget.count_node(fd()).unwrap();
     }
 }

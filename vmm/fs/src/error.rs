@@ -26,7 +26,7 @@ pub enum FsError {
         source: Errno,
     },
     /// The limit of open files could not be raised.
-    #[error("Cannot raise the limit of open files to its hard limit")]
+    #[error("Cannot raise the limit of open files")]
     Limit(#[source] Errno),
     /// The thread could not get its own working directory and umask.
     #[error("Cannot prepare a thread to serve files")]

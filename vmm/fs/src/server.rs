@@ -66,9 +66,8 @@ pub struct FileServer {
 impl FileServer {
     /// Makes a server without shares. `proc_self_fd` is an `O_PATH` descriptor of `/proc/self/fd`.
     ///
-    /// Raises the process's limit of open files to its hard limit (`RLIMIT_NOFILE`): every file
-    /// the guest has in its caches costs a descriptor, and at the limit look-ups fail with
-    /// `ENFILE`.
+    /// Raises the process's limit of open files (`RLIMIT_NOFILE`) as far as it may: every file the
+    /// guest has in its caches costs a descriptor, and at the limit look-ups fail with `ENFILE`.
     pub fn new(proc_self_fd: OwnedFd) -> Result<Self, FsError> {
         let descriptors = Descriptors::of_process().map_err(FsError::Limit)?;
         Ok(Self::with_budget(proc_self_fd, &descriptors))
