@@ -13,7 +13,7 @@ use containerd_shim_protos::{
 use protobuf::{Message, MessageField, well_known_types::any::Any};
 use ttrpc::Code;
 
-use crate::containerd::{Containerd, deadline, delete, start, wait, write_fifo};
+use crate::containerd::{Containerd, deadline, delete, start, wait, wait_gone, write_fifo};
 
 fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Code {
     match result {
@@ -39,7 +39,19 @@ pub fn kill(id: &str, exec_id: &str, signal: u32) -> KillRequest {
     }
 }
 
+/// Shuts a pod down that has no containers, and waits until its shim is gone.
 pub async fn shut_down(client: &TaskClient) {
+    let shim = client
+        .connect(deadline(), &ConnectRequest::default())
+        .await
+        .unwrap()
+        .shim_pid;
+    try_shut_down(client).await;
+    wait_gone(i32::try_from(shim).unwrap());
+}
+
+/// Asks for the end of a pod.
+async fn try_shut_down(client: &TaskClient) {
     client
         .shutdown(deadline(), &ShutdownRequest::default())
         .await
@@ -121,7 +133,7 @@ pub async fn run_to_exit() {
     let timeline = fs::read_to_string(timeline).unwrap();
     assert!(timeline.contains("container_started"), "{timeline}");
 
-    shut_down(&client).await;
+    try_shut_down(&client).await;
     let deleted = client.delete(deadline(), &delete("c1", "")).await.unwrap();
     assert_eq!(deleted.exit_status, 42);
     assert_eq!(deleted.pid, anchor);
@@ -132,11 +144,9 @@ pub async fn run_to_exit() {
         code(client.delete(deadline(), &delete("c1", "")).await),
         Code::NOT_FOUND
     );
-    let shim = answer.shim_pid;
     shut_down(&client).await;
     containerd.assert_nothing_left("c1");
     assert!(!std::path::Path::new(address.strip_prefix("unix://").unwrap()).exists());
-    crate::containerd::wait_gone(i32::try_from(shim).unwrap());
     assert_eq!(
         containerd.topics(),
         [
@@ -355,7 +365,7 @@ pub async fn groups() {
     client.kill(deadline(), &kill("pod", "", 9)).await.unwrap();
     client.wait(deadline(), &wait("pod", "")).await.unwrap();
     client.delete(deadline(), &delete("pod", "")).await.unwrap();
-    shut_down(&client).await;
+    try_shut_down(&client).await;
     let output = containerd.run_shim("pod", "delete", || Ok(()));
     assert!(output.status.success(), "{output:?}");
     // The other one goes on.
