@@ -21,9 +21,14 @@ pub struct Built {
     pub guest: PathBuf,
 }
 
+/// Installs what compiling Bulkhead and its tests needs of the machine.
+pub fn install_packages() -> Result<()> {
+    Ok(install_host_packages(BUILD_PACKAGES)?)
+}
+
 /// Builds all programs, the guest's kernel and its initramfs.
 pub fn build() -> Result<Built> {
-    install_host_packages(BUILD_PACKAGES)?;
+    install_packages()?;
 
     let step = Step::announce("Building the shim and the VMM");
     let mut host = cargo();

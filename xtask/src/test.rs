@@ -16,6 +16,7 @@ const E2E_LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// Runs all tests, or only the end-to-end tests whose names match `e2e`.
 pub fn run(e2e: Option<&str>) -> Result<i32> {
+    build::install_packages()?;
     if e2e.is_none() {
         check()?;
     }
