@@ -47,6 +47,9 @@ use vmm_sys_util::epoll::EventSet;
 /// Tag by which the guest mounts the shared file system.
 const FS_TAG: &str = "bulkhead";
 
+/// The most threads that serve files.
+const MAX_FS_THREADS: usize = 4;
+
 /// What KVM on this host must be able to do.
 const NEEDED: [(Cap, &str); 6] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
@@ -175,7 +178,7 @@ pub fn build(
         Arc::new(FileServer::new(resources.proc_self_fd).map_err(BuildError::FileServer)?);
     let mut devices = Devices::new(&vm, &memory)?;
     devices.add_vsock(callbacks.accept)?;
-    let fs_workers = devices.add_fs(file_server.clone())?;
+    let fs_workers = devices.add_fs(file_server.clone(), config.vcpus)?;
     devices.add_rng()?;
     if let Some(file) = resources.console {
         devices.add_console(file, crash_console.clone())?;
@@ -299,9 +302,12 @@ impl<'v> Devices<'v> {
         Ok(())
     }
 
-    fn add_fs(&mut self, server: Arc<FileServer>) -> Result<FsWorkers, BuildError> {
+    fn add_fs(&mut self, server: Arc<FileServer>, vcpus: u8) -> Result<FsWorkers, BuildError> {
         let transport = self.add("fs", Fs::new(FS_TAG))?;
-        Ok(FsWorkers::spawn(transport, server)?)
+        // One for each request that the guest's CPUs can wait for, and one more for what it writes
+        // back meanwhile; beyond a few they only wait for the same disk.
+        let threads = usize::from(vcpus).min(MAX_FS_THREADS - 1) + 1;
+        Ok(FsWorkers::spawn(transport, server, threads)?)
     }
 
     fn add_rng(&mut self) -> Result<(), BuildError> {

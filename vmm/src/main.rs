@@ -9,7 +9,7 @@ use bulkhead_vmm::control;
 use bulkhead_vmm_control::{CONTROL_FD, Channel};
 use rustix::{
     io::{FdFlags, fcntl_getfd, fcntl_setfd},
-    process::{Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit},
+    process::{Signal, set_parent_process_death_signal},
 };
 
 fn main() -> ExitCode {
@@ -21,7 +21,6 @@ fn main() -> ExitCode {
         );
         return ExitCode::FAILURE;
     };
-    raise_open_files();
     match control::serve(channel) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -40,17 +39,4 @@ fn control_socket() -> Option<Channel> {
     fcntl_setfd(socket, flags | FdFlags::CLOEXEC).ok()?;
     // SAFETY: as above; this takes the ownership that nobody else has.
     Some(Channel::from(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) }))
-}
-
-/// Files of the guest are descriptors here, as many as the hard limit allows.
-fn raise_open_files() {
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    // Without it there are fewer descriptors, and errors of the guest when they run out.
-    let _ = setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: maximum,
-            maximum,
-        },
-    );
 }

@@ -126,6 +126,8 @@ impl Channel {
             ) {
                 Ok(message) => message,
                 Err(Errno::EINTR) => continue,
+                // The other end closed before it had read everything.
+                Err(Errno::ECONNRESET) => return Ok(None),
                 Err(errno) => return Err(ChannelError::Receive(errno)),
             };
             let mut fds = Vec::new();
@@ -204,7 +206,10 @@ mod tests {
     #[test]
     fn the_other_ends_close_is_no_error() {
         let (shim, vmm) = Channel::pair().unwrap();
+        let counters = Request::Counters;
+        shim.send(&counters, &[]).unwrap();
         drop(vmm);
+        assert!(shim.receive::<FromVmm>().unwrap().is_none());
         assert!(shim.receive::<FromVmm>().unwrap().is_none());
     }
 

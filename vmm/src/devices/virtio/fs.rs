@@ -35,7 +35,6 @@ const DEVICE_ID: u32 = 26;
 const QUEUE_SIZES: &[u16] = &[128, 512];
 const TAG_LEN: usize = 36;
 const REQUEST_QUEUES: u32 = 1;
-const THREADS: usize = 4;
 
 const KICK: u64 = 0;
 const MORE: u64 = 1;
@@ -81,11 +80,18 @@ pub struct State {
 
 /// What serves a request: the file server, or something simpler in a test.
 pub trait Serve: Send + Sync + 'static {
+    /// Called first on each thread that will serve.
+    fn prepare(&self) {}
     /// Serves one FUSE request and returns the length of the reply.
     fn serve(&self, chain: &Chain<'_>) -> usize;
 }
 
 impl Serve for FileServer {
+    fn prepare(&self) {
+        // A failure repeats itself in the first request, where it can be answered.
+        let _ = self.prepare_thread();
+    }
+
     fn serve(&self, chain: &Chain<'_>) -> usize {
         self.handle(&chain.readable, &chain.writable)
     }
@@ -107,10 +113,11 @@ struct Shared {
 }
 
 impl FsWorkers {
-    /// Starts the threads.
+    /// Starts `threads` threads.
     pub fn spawn(
         transport: Arc<Transport<Fs>>,
         server: Arc<dyn Serve>,
+        threads: usize,
     ) -> Result<Self, EventLoopError> {
         let event = || EventFd::new(EFD_NONBLOCK).map_err(EventLoopError::Create);
         let shared = Arc::new(Shared {
@@ -126,7 +133,7 @@ impl FsWorkers {
             shared,
             threads: Vec::new(),
         };
-        for _ in 0..THREADS {
+        for _ in 0..threads {
             let shared = workers.shared.clone();
             let thread = thread::Builder::new()
                 .name("fs".to_owned())
@@ -181,6 +188,7 @@ impl Shared {
     }
 
     fn run(&self) {
+        self.server.prepare();
         let mut events = [EpollEvent::default()];
         loop {
             self.idle.fetch_add(1, Ordering::SeqCst);
@@ -300,7 +308,7 @@ mod tests {
         };
         let transport = Arc::new(mmio::transport(Fs::new("tag"), memory.clone()));
         Rig {
-            workers: FsWorkers::spawn(transport, Arc::new(server)).unwrap(),
+            workers: FsWorkers::spawn(transport, Arc::new(server), 2).unwrap(),
             started: starts,
             leave,
         }
