@@ -9,7 +9,9 @@ use std::{
 
 use bulkhead_fs::{FileServer, FsError, ShareOptions};
 use bulkhead_vmm_control::{Counters, VmConfig};
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -28,6 +30,7 @@ use crate::{
     devices::{
         crash_console::CrashConsole,
         event_loop::{EventLoop, EventLoopBuilder, EventLoopError},
+        ioapic::{self, IoApic},
         uart::Uart,
         virtio::{
             Device,
@@ -52,7 +55,7 @@ const MAX_FS_THREADS: usize = 4;
 
 /// What KVM on this host must be able to do.
 const NEEDED: [(Cap, &str); 6] = [
-    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
@@ -149,7 +152,7 @@ pub struct Vm {
     vcpu_stats: Arc<VcpuStats>,
     exit_counters: Vec<ExitCounter>,
     device_stats: Vec<(&'static str, Arc<DeviceStats>)>,
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
     _memory: GuestMemory,
 }
 
@@ -162,13 +165,12 @@ pub fn build(
 ) -> Result<Vm, BuildError> {
     let kvm = open_kvm(resources.kvm, config.vcpus)?;
     let memory = memory::allocate(config.memory_mib)?;
-    let vm = kvm.create_vm().map_err(failed("create a VM"))?;
+    let vm = Arc::new(kvm.create_vm().map_err(failed("create a VM"))?);
     memory::register(&vm, &memory)?;
     vm.set_tss_address(KVM_TSS)
         .map_err(failed("set the VM's TSS address"))?;
     // No PIT: with kvmclock and the TSC deadline timer Linux calibrates nothing.
-    vm.create_irq_chip()
-        .map_err(failed("create the interrupt controllers"))?;
+    split_irqchip(&vm)?;
 
     let (mut kernel, mut initramfs) = (resources.kernel, resources.initramfs);
     let loaded = kernel::load(&memory, &mut kernel, &mut initramfs)?;
@@ -202,6 +204,7 @@ pub fn build(
 
     let bus = Arc::new(Bus::new(
         Uart::new(crash_console.clone()),
+        Arc::new(IoApic::new(vm.clone())),
         devices.registers,
     ));
     let vcpu_stats = Arc::new(VcpuStats::default());
@@ -380,6 +383,17 @@ fn open_kvm(fd: OwnedFd, vcpus: u8) -> Result<Kvm, BuildError> {
         return Err(BuildError::Vcpus(vcpus, most));
     }
     Ok(kvm)
+}
+
+/// Local APICs in KVM, the I/O APIC here.
+fn split_irqchip(vm: &VmFd) -> Result<(), BuildError> {
+    let mut cap = kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        ..Default::default()
+    };
+    cap.args[0] = ioapic::PINS.into();
+    vm.enable_cap(&cap)
+        .map_err(failed("create the local interrupt controllers"))
 }
 
 fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, BuildError> {

@@ -3,9 +3,12 @@
 use std::sync::Arc;
 
 use crate::{
-    arch::layout::{VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START},
+    arch::layout::{IOAPIC, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START},
     devices::uart::{self, Uart},
 };
+
+/// Bytes of the I/O APIC's registers.
+const IOAPIC_SIZE: u64 = 0x1000;
 
 /// A device with registers in memory. Called on vCPU threads, so it must not wait for the outside.
 pub trait MmioDevice: Send + Sync {
@@ -19,13 +22,18 @@ pub trait MmioDevice: Send + Sync {
 /// All devices that a vCPU can reach.
 pub struct Bus {
     uart: Uart,
+    ioapic: Arc<dyn MmioDevice>,
     virtio: Vec<Arc<dyn MmioDevice>>,
 }
 
 impl Bus {
-    /// A bus with the serial port and virtio devices at consecutive places.
-    pub fn new(uart: Uart, virtio: Vec<Arc<dyn MmioDevice>>) -> Self {
-        Self { uart, virtio }
+    /// A bus with the serial port, the I/O APIC, and virtio devices at consecutive places.
+    pub fn new(uart: Uart, ioapic: Arc<dyn MmioDevice>, virtio: Vec<Arc<dyn MmioDevice>>) -> Self {
+        Self {
+            uart,
+            ioapic,
+            virtio,
+        }
     }
 
     /// IN. A port where nothing answers reads as all ones, as on a PC.
@@ -63,6 +71,11 @@ impl Bus {
     }
 
     fn find(&self, address: u64) -> Option<(&Arc<dyn MmioDevice>, u64)> {
+        if let Some(offset) = address.checked_sub(IOAPIC.into())
+            && offset < IOAPIC_SIZE
+        {
+            return Some((&self.ioapic, offset));
+        }
         let offset = address.checked_sub(VIRTIO_MMIO_START)?;
         let index = usize::try_from(offset / VIRTIO_MMIO_SIZE).ok()?;
         Some((self.virtio.get(index)?, offset % VIRTIO_MMIO_SIZE))
@@ -93,6 +106,7 @@ mod tests {
         let devices = [Arc::new(Recorder::default()), Arc::new(Recorder::default())];
         let bus = Bus::new(
             Uart::new(Arc::new(CrashConsole::default())),
+            Arc::new(Recorder::default()),
             devices.iter().map(|device| device.clone() as _).collect(),
         );
         bus.mmio_write(VIRTIO_MMIO_START + VIRTIO_MMIO_SIZE + 0x50, &[1, 2]);

@@ -6,13 +6,11 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout::{IOAPIC, LOCAL_APIC, MP_TABLE, MP_TABLE_MAX};
-use crate::memory::GuestMemory;
+use crate::{devices::ioapic, memory::GuestMemory};
 
 /// CPUs with 8-bit APIC identifiers, one of which is the I/O APIC's and one the broadcast.
 pub const MAX_CPUS: u8 = 254;
 
-/// Pins of KVM's I/O APIC.
-const IOAPIC_PINS: u8 = 24;
 const FLOATING_POINTER_LEN: usize = 16;
 const HEADER_LEN: usize = 44;
 const SPEC_1_4: u8 = 4;
@@ -52,7 +50,7 @@ pub fn write(memory: &GuestMemory, cpus: u8, irqs: &[u32]) -> Result<(), MpTable
     let pins = irqs
         .iter()
         .map(|irq| match u8::try_from(*irq) {
-            Ok(pin) if pin < IOAPIC_PINS => Ok(pin),
+            Ok(pin) if pin < ioapic::PINS => Ok(pin),
             _ => Err(MpTableError::NoPin(*irq)),
         })
         .collect::<Result<Vec<_>, _>>()?;
@@ -148,7 +146,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_table_adds_up(cpus in 1..=MAX_CPUS, pins in 0..IOAPIC_PINS) {
+        fn every_table_adds_up(cpus in 1..=MAX_CPUS, pins in 0..ioapic::PINS) {
             let table = table(cpus, &(0..pins).collect::<Vec<_>>());
             prop_assert!(table.len() <= MP_TABLE_MAX);
             let (pointer, configuration) = table.split_at(FLOATING_POINTER_LEN);
@@ -182,8 +180,8 @@ mod tests {
             write(&memory, 255, &[]),
             Err(MpTableError::TooManyCpus(255))
         ));
-        write(&memory, MAX_CPUS, &[5, 23]).unwrap();
-        let error = write(&memory, 1, &[24]).unwrap_err();
-        assert!(matches!(error, MpTableError::NoPin(24)));
+        write(&memory, MAX_CPUS, &[5, 15]).unwrap();
+        let error = write(&memory, 1, &[16]).unwrap_err();
+        assert!(matches!(error, MpTableError::NoPin(16)));
     }
 }

@@ -2,5 +2,6 @@
 
 pub mod crash_console;
 pub mod event_loop;
+pub mod ioapic;
 pub mod uart;
 pub mod virtio;
