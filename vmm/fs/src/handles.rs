@@ -66,6 +66,20 @@ impl Handles {
         Ok(fh)
     }
 
+    /// Puts another open file of the same inode in the place of a handle's. Requests under way
+    /// finish with the one before.
+    pub(crate) fn replace(&self, fh: u64, fd: OwnedFd) -> Result<(), Errno> {
+        let fd = self.descriptors.count(fd)?;
+        if let Some(handle) = self.lock().by_fh.get_mut(&fh) {
+            *handle = Arc::new(Handle {
+                inode: Arc::clone(&handle.inode),
+                position: Mutex::new(()),
+                fd,
+            });
+        }
+        Ok(())
+    }
+
     /// The open file of a handle.
     pub(crate) fn get(&self, fh: u64) -> Result<Arc<Handle>, Errno> {
         self.lock().by_fh.get(&fh).cloned().ok_or(Errno::BADF)
@@ -78,7 +92,17 @@ impl Handles {
 
     /// Closes every handle.
     pub(crate) fn remove_all(&self) {
-        self.lock().by_fh.clear();
+        let all = std::mem::take(&mut self.lock().by_fh);
+        // Outside the lock, which is taken inside this one elsewhere. The inode may outlive its
+        // handles: the root of a share does.
+        for handle in all.values() {
+            handle
+                .inode
+                .readers
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clear();
+        }
     }
 
     /// Closes every handle of a share.

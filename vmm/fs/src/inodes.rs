@@ -46,6 +46,8 @@ pub(crate) struct Inode {
     pub(crate) key: Key,
     /// What the guest sees as `st_ino`.
     pub(crate) ino: u64,
+    /// The handles that are open for reading only; held while the file is being opened.
+    pub(crate) readers: Mutex<Vec<u64>>,
     fd: Counted,
 }
 
@@ -184,6 +186,7 @@ impl Inodes {
             share: Arc::clone(share),
             key,
             ino,
+            readers: Mutex::default(),
             fd,
         });
         nodes.by_key.insert(key, id);

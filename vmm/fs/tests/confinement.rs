@@ -295,6 +295,63 @@ fn mounts_below_a_share_are_crossed_and_announced() {
     assert_eq!(guest.lookup(guest.share, "tmp").unwrap().attr.flags, 0);
 }
 
+#[test]
+fn files_of_a_lower_layer_change_for_those_who_have_them_open() {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+    let guest = Guest::new(EXCLUSIVE);
+    let layers = tempfile::tempdir().unwrap();
+    for layer in ["lower", "upper", "work"] {
+        fs::create_dir(layers.path().join(layer)).unwrap();
+    }
+    for name in ["written", "truncated"] {
+        fs::write(layers.path().join("lower").join(name), "old").unwrap();
+    }
+    let path = layers.path().display();
+    let options = format!("lowerdir={path}/lower,upperdir={path}/upper,workdir={path}/work");
+    let none = MsFlags::empty();
+    mount(
+        Some("o"),
+        &guest.host(""),
+        Some("overlay"),
+        none,
+        Some(&*options),
+    )
+    .unwrap();
+    let server = &guest.server;
+    server
+        .share("rootfs", guest::path_fd(&guest.host("")), EXCLUSIVE)
+        .unwrap();
+    let root = guest.lookup(ROOT, "rootfs").unwrap().node;
+
+    let node = guest.lookup(root, "written").unwrap().node;
+    let reader = guest.open(node, libc::O_RDONLY).unwrap();
+    assert_eq!(guest.read(reader, 0, 10).unwrap(), b"old");
+    let writer = guest.open(node, libc::O_RDWR).unwrap();
+    guest.write(writer, 0, b"new").unwrap();
+    assert_eq!(guest.read(reader, 0, 10).unwrap(), b"new");
+    assert_eq!(
+        guest.lookup(root, "written").unwrap().node,
+        node,
+        "the same file"
+    );
+    guest.release(reader);
+    guest.open(node, libc::O_RDWR).unwrap();
+    assert_eq!(guest.read(reader, 0, 10), Err(libc::EBADF));
+
+    let node = guest.lookup(root, "truncated").unwrap().node;
+    let reader = guest.open(node, libc::O_RDONLY).unwrap();
+    let size = Setattr {
+        valid: 1 << 3,
+        size: 1,
+        ..Setattr::default()
+    };
+    guest.setattr(node, &size).unwrap();
+    assert_eq!(guest.read(reader, 0, 10).unwrap(), b"o");
+    guest.server.unshare("rootfs").unwrap();
+}
+
 /// One step of a guest that tries things.
 #[derive(Debug, Clone)]
 struct Step {

@@ -2,8 +2,8 @@
 
 use rustix::{
     fs::{
-        AtFlags, FileType, Gid, Mode, OFlags, StatVfs, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT,
-        Uid, chmodat, chownat, fstatvfs, ftruncate, openat, utimensat,
+        AtFlags, FileType, Gid, Mode, StatVfs, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid,
+        chmodat, chownat, fstatvfs, ftruncate, utimensat,
     },
     io::Errno,
 };
@@ -119,13 +119,7 @@ impl FileServer {
         if inode.kind != FileType::RegularFile {
             return Err(Errno::INVAL);
         }
-        let file = openat(
-            self.proc_self_fd(),
-            magic_link(inode),
-            OFlags::WRONLY | OFlags::NOCTTY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        ftruncate(file, size)
+        self.truncate_file(inode, size)
     }
 
     pub(crate) fn statfs(&self, header: &Header) -> Result<Answer, Errno> {

@@ -1,11 +1,14 @@
 //! Regular files: OPEN, READ, WRITE, RELEASE, FSYNC, FALLOCATE, LSEEK, COPY_FILE_RANGE and SYNCFS.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::{
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    sync::{Arc, PoisonError},
+};
 
 use rustix::{
     fs::{
         FallocateFlags, FileType, Mode, OFlags, SeekFrom, copy_file_range, fallocate, fdatasync,
-        fsync, openat, seek, syncfs,
+        fsync, ftruncate, openat, seek, syncfs,
     },
     io::Errno,
 };
@@ -62,23 +65,65 @@ impl FileServer {
         if flags.intersects(OFlags::RWMODE | OFlags::TRUNC) {
             inode.writable()?;
         }
-        let file = {
-            let _guard = WithoutFsetid::when(kill)?;
-            openat(
-                self.proc_self_fd(),
-                magic_link(&*inode),
-                flags,
-                Mode::empty(),
-            )?
-        };
+        let _guard = WithoutFsetid::when(kill)?;
+        let fh = self.open_handle(&inode, flags)?;
         let open_flags = open_flags(&inode);
-        let fh = self.handles.insert(inode, file)?;
         Ok(Writer::default().u64(fh).u32(open_flags).u32(0).into())
+    }
+
+    /// Opens a regular file and keeps it.
+    ///
+    /// The first open for writing makes overlayfs copy a file from a lower layer to the upper one,
+    /// and whoever has it open already goes on reading the old copy. What the guest reads through
+    /// any handle goes to the cache of all, so those are opened again.
+    fn open_handle(&self, inode: &Arc<Inode>, flags: OFlags) -> Result<u64, Errno> {
+        let mut readers = inode.readers.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = self.open_file(inode, flags)?;
+        let fh = self.handles.insert(Arc::clone(inode), file)?;
+        if !flags.intersects(OFlags::RWMODE | OFlags::TRUNC) {
+            readers.push(fh);
+            return Ok(fh);
+        }
+        self.reopen(inode, &readers)
+            .inspect_err(|_| drop(self.handles.remove(fh)))?;
+        Ok(fh)
+    }
+
+    /// Sets the length of a regular file, which is an open for writing.
+    pub(super) fn truncate_file(&self, inode: &Inode, size: u64) -> Result<(), Errno> {
+        let readers = inode.readers.lock().unwrap_or_else(PoisonError::into_inner);
+        ftruncate(self.open_file(inode, OFlags::WRONLY)?, size)?;
+        self.reopen(inode, &readers)
+    }
+
+    fn reopen(&self, inode: &Inode, readers: &[u64]) -> Result<(), Errno> {
+        for fh in readers {
+            self.handles
+                .replace(*fh, self.open_file(inode, OFlags::RDONLY)?)?;
+        }
+        Ok(())
+    }
+
+    /// Opens a regular file or a directory by its magic link.
+    fn open_file(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd, Errno> {
+        openat(
+            self.proc_self_fd(),
+            magic_link(inode),
+            flags | OFlags::NOCTTY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
     }
 
     /// `struct fuse_release_in`, for files and directories. The root has no handle.
     pub(crate) fn release(&self, body: &mut Reader<'_>) -> Result<Answer, Errno> {
-        self.handles.remove(body.u64()?);
+        let fh = body.u64()?;
+        if let Some(handle) = self.handles.remove(fh) {
+            let readers = &handle.inode.readers;
+            readers
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .retain(|reader| *reader != fh);
+        }
         Ok(Answer::Empty)
     }
 
@@ -239,13 +284,7 @@ impl FileServer {
         if inode.share.options.read_only || !openable {
             return Ok(());
         }
-        let file = openat(
-            self.proc_self_fd(),
-            magic_link(inode),
-            OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        syncfs(file)
+        syncfs(self.open_file(inode, OFlags::RDONLY)?)
     }
 }
 
