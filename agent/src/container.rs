@@ -29,6 +29,8 @@ const REMOVE_DEADLINE: Duration = Duration::from_secs(30);
 /// Signals that do not end a process by default, signal(7).
 const HARMLESS: [i32; 4] = [libc::SIGCHLD, libc::SIGCONT, libc::SIGURG, libc::SIGWINCH];
 
+const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
+
 /// A container that has been created and not deleted.
 #[derive(Debug)]
 pub struct Container {
@@ -74,7 +76,6 @@ impl Container {
             process,
             seccomp: seccomp.clone(),
             task: Task::Create(Box::new(CreateTask {
-                id: request.container_id,
                 spec,
                 rootfs,
                 binds,
@@ -196,7 +197,8 @@ impl Container {
     pub async fn signal(&self, signal: u32) -> Result<(), ServiceError> {
         // Before its execve the process is PID 1 of its namespace and deaf to all but SIGKILL.
         let harmless = |signal: u32| HARMLESS.iter().any(|one| one.unsigned_abs() == signal);
-        if signal != 0 && self.waiting.lock().await.is_some() {
+        // SIGKILL, which always works, also does not wait for a start that is under way.
+        if !matches!(signal, 0 | SIGKILL) && self.waiting.lock().await.is_some() {
             if harmless(signal) {
                 return Ok(());
             }
@@ -206,12 +208,19 @@ impl Container {
     }
 
     /// Signals every process of the container.
-    pub fn signal_all(&self, signal: u32) -> Result<(), ServiceError> {
-        if signal == libc::SIGKILL.unsigned_abs() {
+    pub async fn signal_all(&self, signal: u32) -> Result<(), ServiceError> {
+        if signal != SIGKILL && self.waiting.lock().await.is_some() {
+            return self.signal(signal).await;
+        }
+        let processes = self.cgroup.processes()?;
+        if processes.is_empty() {
+            return Err(ServiceError::ProcessFinished);
+        }
+        if signal == SIGKILL {
             return Ok(self.cgroup.kill()?);
         }
         let number = i32::try_from(signal).ok();
-        for pid in self.cgroup.processes()? {
+        for pid in processes {
             let Some(number) = number else { break };
             // SAFETY: kill(2) takes two numbers. The pid was in the cgroup a moment ago.
             let result = unsafe { libc::kill(pid, number) };

@@ -156,7 +156,7 @@ impl Agent for Service {
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
         let container = self.0.container(&request.container_id)?;
         match (request.exec_id.is_empty(), request.all) {
-            (true, true) => container.signal_all(request.signal)?,
+            (true, true) => container.signal_all(request.signal).await?,
             (true, false) => container.signal(request.signal).await?,
             (false, false) => container
                 .process(&request.container_id, &request.exec_id)?

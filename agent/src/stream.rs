@@ -87,6 +87,12 @@ impl Streams {
         ];
         let mut pipes = [None, None, None];
         if stdio.terminal {
+            if !stdio.stderr.is_empty() {
+                return Err(ServiceError::BadRequest {
+                    what: "streams: stderr beside a terminal",
+                    value: String::new(),
+                });
+            }
             return Ok((Self { host, pipes }, None));
         }
         let mut ends = Vec::new();

@@ -49,8 +49,6 @@ pub enum Task {
 /// What a new container is made of.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct CreateTask {
-    /// Its name.
-    pub id: String,
     /// Its whole spec.
     pub spec: Spec,
     /// Where the guest sees its root file system.

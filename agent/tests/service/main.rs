@@ -436,6 +436,15 @@ async fn numbers_of_a_container_are_told() {
         .await
         .unwrap();
     host.wait("c1", "").await;
+    let again = host
+        .client
+        .signal(deadline(), &signal("c1", "", libc::SIGKILL, true))
+        .await;
+    assert_eq!(
+        status(again).0,
+        Code::NOT_FOUND,
+        "nothing is left to signal"
+    );
     host.delete("c1").await;
 }
 
