@@ -14,7 +14,7 @@ use guest::{
     CREATE, EXCLUSIVE, FALLOCATE, Guest, LINK, LOOKUP, MKDIR, MKNOD, OPENDIR, READ_ONLY,
     REMOVEXATTR, RENAME, RMDIR, ROOT, SHARED, SYMLINK, Setattr, TMPFILE, UNLINK, u64_at,
 };
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use proptest::prelude::*;
 
 /// What lies beside the share, to see that it stays as it was.
@@ -293,6 +293,7 @@ fn mounts_below_a_share_are_crossed_and_announced() {
     // Without the feature nothing is announced.
     guest.init(1 << 30).unwrap();
     assert_eq!(guest.lookup(guest.share, "tmp").unwrap().attr.flags, 0);
+    umount2(&guest.host("tmp"), MntFlags::MNT_DETACH).unwrap();
 }
 
 #[test]
@@ -350,6 +351,7 @@ fn files_of_a_lower_layer_change_for_those_who_have_them_open() {
     guest.setattr(node, &size).unwrap();
     assert_eq!(guest.read(reader, 0, 10).unwrap(), b"o");
     guest.server.unshare("rootfs").unwrap();
+    umount2(&guest.host(""), MntFlags::MNT_DETACH).unwrap();
 }
 
 /// One step of a guest that tries things.
