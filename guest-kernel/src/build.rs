@@ -22,7 +22,7 @@ const SOURCE_PACKAGE: &str = "linux-source-6.12";
 const SOURCE: &str = "/usr/src/linux-source-6.12.tar.xz";
 
 /// What the build needs beside the source, on Debian 12 and 13 alike.
-const TOOL_PACKAGES: [&str; 9] = [
+const TOOL_PACKAGES: [&str; 10] = [
     "bc",
     "binutils",
     "bison",
@@ -31,8 +31,13 @@ const TOOL_PACKAGES: [&str; 9] = [
     "libc6-dev",
     "libelf-dev",
     "make",
+    "patch",
     "xz-utils",
 ];
+
+/// Our one change to the source. When it no longer applies to a new version of the package, the
+/// build fails there, and the change has to be looked at again.
+const PATCH: &str = include_str!("../patches/return-sites.patch");
 
 /// Variables for make. Who built the kernel, where and when is fixed: the image depends on its
 /// inputs alone.
@@ -306,7 +311,7 @@ impl Inputs {
     /// The name of the build in the cache.
     fn key(&self) -> String {
         let mut hash = Sha256::new();
-        let parts = [FRAGMENT, &self.source, &self.compiler, &self.linker];
+        let parts = [FRAGMENT, PATCH, &self.source, &self.compiler, &self.linker];
         for part in parts.into_iter().chain(MAKE_VARIABLES) {
             hash.update(part.len().to_le_bytes());
             hash.update(part);
@@ -324,8 +329,10 @@ fn compile(work: &Path, steps: &mut Steps<'_>) -> Result<PathBuf, BuildError> {
     for directory in [&source, &result] {
         fs::create_dir(directory).map_err(io_error("create", directory))?;
     }
-    let fragment = work.join("guest.config");
-    fs::write(&fragment, FRAGMENT).map_err(io_error("write", &fragment))?;
+    let [fragment, patch] = ["guest.config", "patch"].map(|name| work.join(name));
+    for (path, text) in [(&fragment, FRAGMENT), (&patch, PATCH)] {
+        fs::write(path, text).map_err(io_error("write", path))?;
+    }
     let make = |arguments: &[&str]| {
         let mut command = Command::new("make");
         // The caller's environment does not reach the build: make takes variables from it.
@@ -351,6 +358,13 @@ fn compile(work: &Path, steps: &mut Steps<'_>) -> Result<PathBuf, BuildError> {
                 "--directory",
             ])
             .arg(&source),
+    )?;
+    steps.run(
+        Command::new("patch")
+            .args(["--strip=1", "--batch", "--directory"])
+            .arg(&source)
+            .arg("--input")
+            .arg(&patch),
     )?;
 
     let all_config = format!("KCONFIG_ALLCONFIG={}", fragment.display());
