@@ -25,7 +25,6 @@ pub fn check(resources: &LinuxResources) -> Result<(), SpecError> {
         refuse("cpu.realtimePeriod", realtime, no_realtime)?;
     }
     if let Some(io) = resources.block_io() {
-        let has = |list: bool| list;
         let no_devices = "block devices of the host do not exist in the guest";
         refuse(
             "blockIO.leafWeight",
@@ -34,7 +33,7 @@ pub fn check(resources: &LinuxResources) -> Result<(), SpecError> {
         )?;
         refuse(
             "blockIO.weightDevice",
-            has(listed(io.weight_device())),
+            listed(io.weight_device()),
             no_devices,
         )?;
         let throttles = listed(io.throttle_read_bps_device())

@@ -64,12 +64,11 @@ impl Capabilities {
 
     /// Makes everything that is permitted effective again, after a change of user has cleared
     /// that.
-    pub fn raise_permitted(&self) -> Result<(), StageError> {
-        let all = u64::from(u32::MAX) | u64::from(u32::MAX) << 32;
+    pub fn raise_permitted() -> Result<(), StageError> {
         let permitted = caps::read(None, CapSet::Permitted)
             .map_err(io::Error::other)
             .map_err(StageError::system("read the capabilities"))?;
-        let permitted = permitted.iter().fold(0, |bits, next| bits | next.bitmask()) & all;
+        let permitted = permitted.iter().fold(0, |bits, next| bits | next.bitmask());
         set(permitted, permitted, 0).map_err(StageError::system("raise the capabilities"))
     }
 

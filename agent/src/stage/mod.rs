@@ -201,7 +201,7 @@ fn become_process(
     entered.or_else(|_| exec::change_directory(process))?;
     // As the user, who may see other files than root does.
     let program = Program::find(process)?;
-    capabilities.raise_permitted()?;
+    credentials::Capabilities::raise_permitted()?;
     settings::no_new_privileges(process)?;
     settings::default_signals()?;
     if wait_for_start {
