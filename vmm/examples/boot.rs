@@ -89,7 +89,8 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let since = now_ns().saturating_sub(counters.entered_ns) / 1000;
                 println!("{since} us after the kernel's entry: {counters:#?}");
             }
-            FromVmm::Reply(reply) => println!("{at:?} {reply:?}"),
+            FromVmm::Reply(Reply::Failed(line)) => return Err(line.into()),
+            FromVmm::Reply(Reply::Done) => println!("{at:?} done"),
         }
     }
     println!("{:?} {}", begin.elapsed(), vmm.wait()?);

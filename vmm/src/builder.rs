@@ -202,9 +202,12 @@ pub fn build(
     registers::set_boot_cpu(&vcpu_fds[0], loaded.entry)?;
     let exit_counters = vcpu_fds.iter().filter_map(ExitCounter::new).collect();
 
+    // Up to the pin of the last device.
+    let pins = irqs.last().map_or(0, |irq| irq + 1);
+    let pins = u8::try_from(pins).unwrap_or(ioapic::MAX_PINS);
     let bus = Arc::new(Bus::new(
         Uart::new(crash_console.clone()),
-        Arc::new(IoApic::new(vm.clone())),
+        Arc::new(IoApic::new(vm.clone(), pins)),
         devices.registers,
     ));
     let vcpu_stats = Arc::new(VcpuStats::default());
@@ -391,7 +394,8 @@ fn split_irqchip(vm: &VmFd) -> Result<(), BuildError> {
         cap: KVM_CAP_SPLIT_IRQCHIP,
         ..Default::default()
     };
-    cap.args[0] = ioapic::PINS.into();
+    // The pins whose end of interrupt KVM would report, if they were level-triggered.
+    cap.args[0] = ioapic::MAX_PINS.into();
     vm.enable_cap(&cap)
         .map_err(failed("create the local interrupt controllers"))
 }

@@ -50,7 +50,7 @@ mod tests {
         let text = build(2, &config);
         assert!(text.starts_with("quiet loglevel=4 earlyprintk"));
         assert!(text.ends_with(
-            "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 a=b"
+            "virtio_mmio.device=4K@0xd0000000:1 virtio_mmio.device=4K@0xd0001000:2 a=b"
         ));
         let config = VmConfig {
             console: true,

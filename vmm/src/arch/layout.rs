@@ -45,5 +45,6 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 /// Where memory goes on behind the hole.
 pub const HIGH_MEMORY_START: u64 = 0x1_0000_0000;
 
-/// Interrupt of the first virtio device; the following devices have the following ones.
-pub const VIRTIO_IRQ_START: u32 = 5;
+/// Interrupt of the first virtio device; the following devices have the following ones. Linux takes
+/// interrupt 0 for none.
+pub const VIRTIO_IRQ_START: u32 = 1;

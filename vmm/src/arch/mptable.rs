@@ -50,7 +50,7 @@ pub fn write(memory: &GuestMemory, cpus: u8, irqs: &[u32]) -> Result<(), MpTable
     let pins = irqs
         .iter()
         .map(|irq| match u8::try_from(*irq) {
-            Ok(pin) if pin < ioapic::PINS => Ok(pin),
+            Ok(pin) if pin < ioapic::MAX_PINS => Ok(pin),
             _ => Err(MpTableError::NoPin(*irq)),
         })
         .collect::<Result<Vec<_>, _>>()?;
@@ -146,7 +146,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_table_adds_up(cpus in 1..=MAX_CPUS, pins in 0..ioapic::PINS) {
+        fn every_table_adds_up(cpus in 1..=MAX_CPUS, pins in 0..ioapic::MAX_PINS) {
             let table = table(cpus, &(0..pins).collect::<Vec<_>>());
             prop_assert!(table.len() <= MP_TABLE_MAX);
             let (pointer, configuration) = table.split_at(FLOATING_POINTER_LEN);
@@ -180,8 +180,8 @@ mod tests {
             write(&memory, 255, &[]),
             Err(MpTableError::TooManyCpus(255))
         ));
-        write(&memory, MAX_CPUS, &[5, 15]).unwrap();
-        let error = write(&memory, 1, &[16]).unwrap_err();
-        assert!(matches!(error, MpTableError::NoPin(16)));
+        write(&memory, MAX_CPUS, &[5, 119]).unwrap();
+        let error = write(&memory, 1, &[120]).unwrap_err();
+        assert!(matches!(error, MpTableError::NoPin(120)));
     }
 }

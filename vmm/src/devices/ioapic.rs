@@ -2,7 +2,7 @@
 //!
 //! Only the local APICs are KVM's (`KVM_CAP_SPLIT_IRQCHIP`). With KVM's whole set comes a pair of
 //! 8259s, and a kernel that finds those looks for them on each of 24 pins: hundreds of exits at
-//! every boot. This I/O APIC has a pin for each device, and an unmasked pin is a route in KVM from
+//! every boot. This I/O APIC has no more pins than there are devices, and an unmasked pin is a route in KVM from
 //! the device's irqfd to a message, so an interrupt does not pass through here.
 //!
 //! All pins are edge-triggered, as the MP table says.
@@ -18,8 +18,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::bus::MmioDevice;
 
-/// Pins.
-pub const PINS: u8 = 16;
+/// The most pins: a register of eight bits selects half of an entry.
+pub const MAX_PINS: u8 = 120;
 
 /// The register that selects, and the window to what is selected.
 const SELECT: u64 = 0x00;
@@ -73,7 +73,7 @@ impl Router for VmFd {
                 ..Default::default()
             })
             .collect();
-        // At most 16 routes of a kind that KVM always takes; without them the guest would wait for
+        // A few routes of a kind that KVM always takes; without them the guest would wait for
         // interrupts in vain, which is its own loss.
         if let Ok(routing) = KvmIrqRouting::from_entries(&entries) {
             let _ = self.set_gsi_routing(&routing);
@@ -87,7 +87,7 @@ impl Router for VmFd {
 pub struct State {
     select: u8,
     id: u32,
-    entries: [u64; PINS as usize],
+    entries: Vec<u64>,
 }
 
 /// The device.
@@ -97,12 +97,12 @@ pub struct IoApic {
 }
 
 impl IoApic {
-    /// All pins masked.
-    pub fn new(router: Arc<dyn Router>) -> Self {
+    /// An I/O APIC with `pins` pins, at most [`MAX_PINS`], all masked.
+    pub fn new(router: Arc<dyn Router>, pins: u8) -> Self {
         let state = State {
             select: 0,
             id: 0,
-            entries: [MASKED; PINS as usize],
+            entries: vec![MASKED; pins.min(MAX_PINS).into()],
         };
         Self {
             router,
@@ -149,19 +149,8 @@ impl MmioDevice for IoApic {
         let value = match (offset, state.select) {
             (SELECT, select) => select.into(),
             (WINDOW, ID) => state.id,
-            (WINDOW, VERSION) => VERSION_NUMBER | u32::from(PINS - 1) << 16,
-            (WINDOW, select) => match pin(select).and_then(|(pin, high)| {
-                let entry = state.entries.get(pin)?;
-                u32::try_from(if high {
-                    entry >> 32
-                } else {
-                    entry & 0xffff_ffff
-                })
-                .ok()
-            }) {
-                Some(value) => value,
-                None => 0,
-            },
+            (WINDOW, VERSION) => VERSION_NUMBER | last_pin(&state.entries) << 16,
+            (WINDOW, select) => half(&state.entries, select).unwrap_or_default(),
             _ => 0,
         };
         for (byte, value) in data.iter_mut().zip(value.to_le_bytes()) {
@@ -188,14 +177,30 @@ impl MmioDevice for IoApic {
     }
 }
 
-/// Pin and half of the entry that a selected register is.
+/// Pin of a selected register, and whether it is the upper half of the pin's entry.
 fn pin(select: u8) -> Option<(usize, bool)> {
     let index = select.checked_sub(FIRST_ENTRY)?;
     Some((usize::from(index / 2), index % 2 == 1))
 }
 
-fn routes(entries: &[u64; PINS as usize]) -> Vec<Route> {
-    (0..PINS)
+/// The half of an entry that a selected register is.
+fn half(entries: &[u64], select: u8) -> Option<u32> {
+    let (pin, high) = pin(select)?;
+    let entry = entries.get(pin)?;
+    u32::try_from(if high {
+        entry >> 32
+    } else {
+        entry & u64::from(u32::MAX)
+    })
+    .ok()
+}
+
+fn last_pin(entries: &[u64]) -> u32 {
+    u32::try_from(entries.len().saturating_sub(1)).unwrap_or(0)
+}
+
+fn routes(entries: &[u64]) -> Vec<Route> {
+    (0..MAX_PINS)
         .zip(entries)
         .filter_map(|(pin, entry)| {
             let (address, data) = message(*entry)?;
@@ -233,9 +238,11 @@ mod tests {
         }
     }
 
+    const PINS: u8 = 16;
+
     fn device() -> (Arc<Recorder>, IoApic) {
         let recorder = Arc::new(Recorder::default());
-        (recorder.clone(), IoApic::new(recorder))
+        (recorder.clone(), IoApic::new(recorder, PINS))
     }
 
     fn write(device: &IoApic, register: u8, value: u32) {
