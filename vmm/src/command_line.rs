@@ -11,8 +11,11 @@ const CRASH_CONSOLE: &str = "quiet loglevel=4 earlyprintk=serial,ttyS0,115200,ke
 /// Everything goes to the virtio console, and to the crash console until that is there.
 const FULL_CONSOLE: &str = "loglevel=7 earlyprintk=serial,ttyS0,115200 console=hvc0";
 /// A panic or a reboot is a triple fault, which ends the VM at once. The agent's messages are not
-/// rate-limited. No DMA needs bounce buffers.
-const ALWAYS: &str = "panic=-1 reboot=t printk.devkmsg=on swiotlb=noforce";
+/// rate-limited. No DMA needs bounce buffers. The rest is not done at boot because it costs time
+/// and nobody misses it, see guest-kernel/README.md: lock prefixes are not rewritten for one
+/// processor, /sys/kernel/slab is not filled, and there is no dummy0.
+const ALWAYS: &str = "panic=-1 reboot=t printk.devkmsg=on swiotlb=noforce noreplace-smp \
+                      initcall_blacklist=slab_late_init dummy.numdummies=0";
 
 /// The command line for a VM with `devices` virtio devices. The configuration's arguments come
 /// last, so that they win.
