@@ -1,11 +1,11 @@
 //! The shim's child processes: one place that reaps, and an owner for each child.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     io,
     os::fd::OwnedFd,
     process::Command,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use nix::{
@@ -22,44 +22,40 @@ use tokio::{
 /// Exit code of a process ended by SIGKILL.
 pub const KILLED: u8 = 128 + 9;
 
-type Exits = HashMap<i32, watch::Sender<Option<u8>>>;
+type Exits = BTreeMap<i32, watch::Sender<Option<u8>>>;
+
+/// The children that have owners, by PID. One for the process, as its children are. It is locked
+/// while a child is started and while one is reaped, so no child is reaped before it is known.
+static OWNED: Mutex<Exits> = Mutex::new(BTreeMap::new());
 
 /// Reaps every child, also those it inherits as a subreaper, and tells the owners of its own.
 #[derive(Debug, Clone)]
-pub struct Reaper {
-    waited: Arc<Mutex<Exits>>,
-}
+pub struct Reaper(());
 
 impl Reaper {
-    /// Starts to reap on SIGCHLD. All children must be started by [`Reaper::spawn`], on the
-    /// runtime's thread.
+    /// Starts to reap on SIGCHLD. All children must be started by [`Reaper::spawn`].
     pub fn start() -> io::Result<Self> {
         let mut signals = signal(SignalKind::child())?;
-        let reaper = Self {
-            waited: Arc::default(),
-        };
-        let waited = reaper.waited.clone();
         tokio::spawn(async move {
             while signals.recv().await.is_some() {
-                reap(&waited);
+                reap();
             }
         });
-        Ok(reaper)
+        Ok(Self(()))
     }
 
     /// Starts a child. Dropping the owner kills it.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
-        let started = command.spawn()?;
-        let id = started.id();
-        let raw = i32::try_from(id).map_err(io::Error::other)?;
         let (sender, exit) = watch::channel(None);
-        // No child is reaped before this is registered: reaping happens on this thread.
-        lock(&self.waited).insert(raw, sender);
+        let mut owned = lock();
+        let id = command.spawn()?.id();
+        let raw = i32::try_from(id).map_err(io::Error::other)?;
+        owned.insert(raw, sender);
+        // Not reaped before the lock is released, so the number is the child's.
         let pid = rustix::process::Pid::from_raw(raw).ok_or(Errno::ESRCH)?;
         match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(pidfd) => Ok(Child { id, pidfd, exit }),
             Err(errno) => {
-                // Not reaped yet, so the number is still the child's.
                 let _ = rustix::process::kill_process(pid, Signal::KILL);
                 Err(errno.into())
             }
@@ -67,11 +63,12 @@ impl Reaper {
     }
 }
 
-fn lock(waited: &Mutex<Exits>) -> MutexGuard<'_, Exits> {
-    waited.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock() -> MutexGuard<'static, Exits> {
+    OWNED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn reap(waited: &Mutex<Exits>) {
+fn reap() {
+    let mut owned = lock();
     loop {
         let (pid, code) = match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG)) {
             Ok(WaitStatus::Exited(pid, code)) => (pid, u8::try_from(code & 0xff).unwrap_or(0xff)),
@@ -85,7 +82,7 @@ fn reap(waited: &Mutex<Exits>) {
                 return;
             }
         };
-        if let Some(sender) = lock(waited).remove(&pid.as_raw()) {
+        if let Some(sender) = owned.remove(&pid.as_raw()) {
             sender.send_replace(Some(code));
         }
     }

@@ -193,14 +193,7 @@ impl Container {
         self.init
             .begin_start()
             .map_err(|phase| self.cannot_start("", phase))?;
-        let started = match self.agent().await {
-            Ok(agent) => match agent.start(&self.id).await {
-                Ok(()) => Ok(()),
-                Err(error) => Err(self.explained(error).await),
-            },
-            Err(error) => Err(error),
-        };
-        if let Err(error) = started {
+        if let Err(error) = self.try_start().await {
             self.init.not_started();
             self.kill_created().await;
             return Err(error);
@@ -218,6 +211,14 @@ impl Container {
         }
         self.run_late_hooks("running").await;
         Ok(pid)
+    }
+
+    async fn try_start(&self) -> Result<(), TaskError> {
+        self.init.open_input()?;
+        match self.agent().await?.start(&self.id).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.explained(error).await),
+        }
     }
 
     fn cannot_start(&self, exec_id: &str, phase: Phase) -> TaskError {
@@ -333,6 +334,7 @@ impl Container {
                 Ok(pid)
             }
             Err(error) => {
+                process.drop_streaming();
                 process.stopped(Exit::now(NOT_STARTED));
                 Err(error)
             }
@@ -352,6 +354,8 @@ impl Container {
         let streams = self.host.pod.streams();
         let (streaming, mut stdio) =
             Streaming::open(&process.paths, owner, streams, &self.host.reaper).await?;
+        process.set_streaming(streaming);
+        process.open_input()?;
         let size = process.size();
         (stdio.width, stdio.height) = (size.width, size.height);
         let request = ExecRequest {
@@ -381,10 +385,7 @@ impl Container {
             return Err(self.explained(error).await);
         }
         match anchor {
-            Ok(anchor) => {
-                process.set_streaming(streaming);
-                Ok((anchor, agent))
-            }
+            Ok(anchor) => Ok((anchor, agent)),
             Err(error) => {
                 self.abandon_exec(&agent, &process.exec_id);
                 Err(error.into())

@@ -15,7 +15,7 @@ use std::{
 };
 
 use bulkhead_agent_api::{AGENT_PORT, STREAM_PORT};
-use bulkhead_rootfs_builder::{VerifyError, verify};
+use bulkhead_rootfs_builder::{GuestFiles, VerifyError, verify};
 use bulkhead_vmm_control::{Counters, Reply, Request};
 use thiserror::Error;
 use tokio::{
@@ -175,12 +175,6 @@ impl Pod {
     ) -> Result<mpsc::Receiver<Notice>, BootError> {
         let config = settings.config?;
         let kvm = open_kvm()?;
-        let guest = verify(&config.guest_dir, &config.state_dir.join(VERIFIED))
-            .map_err(BootError::Guest)?;
-        if let Some(error) = &guest.cache_error {
-            let error = text::chain(error);
-            tracing::warn!(error, "Guest files will be verified again");
-        }
         let state =
             StateDirectory::create(&config.state_dir, &settings.namespace, &settings.group)?;
         let console = config.console.then(|| state.console()).transpose()?;
@@ -190,6 +184,11 @@ impl Pod {
             let mut belongings = self.belongings();
             belongings.state = Some(state);
             belongings.cgroup = Some(cgroup);
+        }
+        let guest = verified(&config).await?;
+        if let Some(error) = &guest.cache_error {
+            let error = text::chain(error);
+            tracing::warn!(error, "Guest files will be verified again");
         }
         let (vmm, notices) = VmmProcess::spawn(
             VmmSettings {
@@ -388,6 +387,17 @@ impl Pod {
         let released = std::mem::take(&mut *self.belongings());
         drop(released);
     }
+}
+
+/// The guest's files. What was not verified before is hashed, which takes a while: containerd is
+/// answered meanwhile.
+async fn verified(config: &Config) -> Result<GuestFiles, BootError> {
+    let directory = config.guest_dir.clone();
+    let memory = config.state_dir.join(VERIFIED);
+    let hashed = tokio::task::spawn_blocking(move || verify(&directory, &memory)).await;
+    hashed
+        .map_err(|error| BootError::Died(error.to_string()))?
+        .map_err(BootError::Guest)
 }
 
 /// Why a VMM ended that is gone already.

@@ -5,14 +5,17 @@
 //!    └── killed or start failed ────────────────▲
 //! ```
 
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{
+    Mutex, MutexGuard, OnceLock, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
 
 use tokio::sync::watch;
 
 use crate::{
     agent_client::Exit,
     spec::ConsoleSize,
-    stdio::{Paths, Streaming},
+    stdio::{Paths, StdioError, Streaming},
 };
 
 /// Where a process is in its life.
@@ -39,6 +42,8 @@ pub struct Process {
     phase: watch::Sender<Phase>,
     size: Mutex<ConsoleSize>,
     streaming: Mutex<Option<Streaming>>,
+    /// containerd may close the input of an exec before its streams are open.
+    input_closed: AtomicBool,
 }
 
 impl Process {
@@ -51,6 +56,7 @@ impl Process {
             phase: watch::Sender::new(Phase::Created),
             size: Mutex::new(size),
             streaming: Mutex::default(),
+            input_closed: AtomicBool::new(false),
         }
     }
 
@@ -162,15 +168,32 @@ impl Process {
     }
 
     /// Takes over the open streams.
-    pub fn set_streaming(&self, streaming: Streaming) {
+    pub fn set_streaming(&self, mut streaming: Streaming) {
+        if self.input_closed.load(Ordering::Relaxed) {
+            streaming.close_input();
+        }
         *self.streaming() = Some(streaming);
     }
 
-    /// Lets the input end.
+    /// Opens the input, when the process is about to start.
+    pub fn open_input(&self) -> Result<(), StdioError> {
+        match &mut *self.streaming() {
+            Some(streaming) => streaming.open_input(),
+            None => Ok(()),
+        }
+    }
+
+    /// Lets the input end, also one that is opened later.
     pub fn close_input(&self) {
-        if let Some(streaming) = &*self.streaming() {
+        self.input_closed.store(true, Ordering::Relaxed);
+        if let Some(streaming) = &mut *self.streaming() {
             streaming.close_input();
         }
+    }
+
+    /// Closes the streams at once.
+    pub fn drop_streaming(&self) {
+        self.streaming().take();
     }
 
     /// Waits for the last output, within a deadline, and closes the streams.

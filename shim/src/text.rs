@@ -17,30 +17,22 @@ pub fn chain(error: &dyn Error) -> String {
 /// `text` as one line of at most `limit` bytes without control characters, for text that the
 /// guest may have chosen.
 pub fn one_line(text: &str, limit: usize) -> String {
-    let mut line = String::with_capacity(text.len().min(limit));
+    const CUT: char = '…';
+    let mut line = String::new();
     for word in text.split(|c: char| c.is_whitespace() || c.is_control()) {
-        if word.is_empty() {
-            continue;
+        if line.len() > limit {
+            break;
         }
-        if line.len() + word.len() + 1 > limit {
-            let room = limit.saturating_sub(line.len() + 4);
-            let end = word
-                .char_indices()
-                .map(|(index, c)| index + c.len_utf8())
-                .take_while(|end| *end <= room)
-                .last()
-                .unwrap_or(0);
+        if !word.is_empty() {
             if !line.is_empty() {
                 line.push(' ');
             }
-            line.push_str(&word[..end]);
-            line.push('…');
-            break;
+            line.push_str(word);
         }
-        if !line.is_empty() {
-            line.push(' ');
-        }
-        line.push_str(word);
+    }
+    if line.len() > limit {
+        line.truncate(line.floor_char_boundary(limit.saturating_sub(CUT.len_utf8())));
+        line.push(CUT);
     }
     line
 }

@@ -5,10 +5,7 @@
 
 use std::{
     io,
-    os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::process::CommandExt,
-    },
+    os::{fd::OwnedFd, unix::process::CommandExt},
     path::PathBuf,
     process::{Command, Stdio},
     time::Duration,
@@ -67,8 +64,7 @@ impl Logger {
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         let theirs = [their_stdout, their_stderr, their_ready.into()];
-        // SAFETY: the shim is single-threaded when it starts a child, and the closure makes only
-        // system calls.
+        // SAFETY: the closure makes only system calls, and allocates nothing.
         unsafe { command.pre_exec(move || place(&theirs)) };
         let child = reaper.spawn(&mut command).map_err(failed)?;
         // The command holds the child's ends.
@@ -96,16 +92,14 @@ impl Logger {
 /// Gives the descriptors the numbers from [`FIRST_FD`] on, in the child.
 fn place(theirs: &[OwnedFd; 3]) -> io::Result<()> {
     use nix::fcntl::{FcntlArg, fcntl};
-    // Out of the way first: one may have another's number.
-    let mut moved = Vec::with_capacity(theirs.len());
-    for fd in theirs {
-        let number = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(FIRST_FD + 3))?;
-        // SAFETY: fcntl has just made this descriptor.
-        moved.push(unsafe { OwnedFd::from_raw_fd(number) });
+    // Out of the way first: one may have another's number. The copies go with execve.
+    let mut moved = [0; 3];
+    for (number, fd) in moved.iter_mut().zip(theirs) {
+        *number = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(FIRST_FD + 3))?;
     }
-    for (number, fd) in (FIRST_FD..).zip(&moved) {
+    for (number, fd) in (FIRST_FD..).zip(moved) {
         // SAFETY: plain integers; whatever had the number is the shim's copy in this child.
-        if unsafe { libc::dup2(fd.as_raw_fd(), number) } != number {
+        if unsafe { libc::dup2(fd, number) } != number {
             return Err(io::Error::last_os_error());
         }
     }

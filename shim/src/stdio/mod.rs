@@ -19,7 +19,7 @@ use crate::{
         fifo::{InputKeeper, Sink},
         logger::Logger,
     },
-    streams::Streams,
+    streams::{Expected, Streams},
 };
 
 /// How long the last output may take to reach its reader once the process has ended.
@@ -86,10 +86,34 @@ pub struct Owner<'a> {
     pub container: &'a str,
 }
 
+/// Where an input is in its life.
+#[derive(Debug)]
+enum Input {
+    /// There is none, or it is done with.
+    None,
+    /// Not opened yet.
+    Prepared { path: String, expected: Expected },
+    /// Being copied.
+    Open {
+        keeper: InputKeeper,
+        pump: JoinHandle<()>,
+    },
+}
+
+impl Input {
+    fn stop(&mut self) {
+        if let Self::Open { pump, .. } = std::mem::replace(self, Self::None) {
+            pump.abort();
+        }
+    }
+}
+
 /// The streams of one process, open on the host's side. Dropping this closes them.
 #[derive(Debug)]
 pub struct Streaming {
-    input: Option<(InputKeeper, JoinHandle<()>)>,
+    input: Input,
+    /// The input has been closed by containerd, perhaps before it was opened.
+    input_closed: bool,
     outputs: Vec<JoinHandle<()>>,
     loggers: Vec<Logger>,
 }
@@ -103,7 +127,8 @@ impl Streaming {
         reaper: &Reaper,
     ) -> Result<(Self, Stdio), StdioError> {
         let mut streaming = Self {
-            input: None,
+            input: Input::None,
+            input_closed: false,
             outputs: Vec::new(),
             loggers: Vec::new(),
         };
@@ -127,11 +152,10 @@ impl Streaming {
         }
         streaming.loggers = outputs.loggers;
         if !paths.stdin.is_empty() {
-            let (input, keeper) = fifo::open_input(&paths.stdin)?;
             let expected = streams.expect().map_err(StdioError::Token)?;
             stdio.stdin = expected.token();
-            let pump = tokio::spawn(pump::input(input, expected));
-            streaming.input = Some((keeper, pump));
+            let path = paths.stdin.clone();
+            streaming.input = Input::Prepared { path, expected };
         }
         Ok((streaming, stdio))
     }
@@ -144,9 +168,27 @@ impl Streaming {
         Ok(token)
     }
 
+    /// Opens the input, when the process is about to start. Not before: a client that finds its
+    /// FIFO open may be done with it, and say so, while the process is still being created.
+    pub fn open_input(&mut self) -> Result<(), StdioError> {
+        match std::mem::replace(&mut self.input, Input::None) {
+            Input::Prepared { path, expected } => {
+                let (input, keeper) = fifo::open_input(&path)?;
+                if self.input_closed {
+                    keeper.close();
+                }
+                let pump = tokio::spawn(pump::input(input, expected));
+                self.input = Input::Open { keeper, pump };
+            }
+            other => self.input = other,
+        }
+        Ok(())
+    }
+
     /// Lets the input end once its writers have closed it and it is read.
-    pub fn close_input(&self) {
-        if let Some((keeper, _)) = &self.input {
+    pub fn close_input(&mut self) {
+        self.input_closed = true;
+        if let Input::Open { keeper, .. } = &self.input {
             keeper.close();
         }
     }
@@ -154,7 +196,7 @@ impl Streaming {
     /// Waits until the last output has reached its reader, within a deadline, and closes
     /// everything.
     pub async fn drain(mut self) {
-        self.input = stop(self.input.take());
+        self.input.stop();
         let deadline = Instant::now() + DRAIN_DEADLINE;
         for mut output in self.outputs.drain(..) {
             if timeout_at(deadline, &mut output).await.is_err() {
@@ -168,16 +210,9 @@ impl Streaming {
     }
 }
 
-fn stop(input: Option<(InputKeeper, JoinHandle<()>)>) -> Option<(InputKeeper, JoinHandle<()>)> {
-    if let Some((_, pump)) = input {
-        pump.abort();
-    }
-    None
-}
-
 impl Drop for Streaming {
     fn drop(&mut self) {
-        stop(self.input.take());
+        self.input.stop();
         for output in &self.outputs {
             output.abort();
         }

@@ -261,6 +261,45 @@ pub async fn execs() {
     let listed: Vec<u32> = listed.iter().map(|process| process.pid).collect();
     assert_eq!(listed, [init, second]);
 
+    // Input that ends before the start, and input that comes while it starts.
+    for (exec_id, text) in [("in1", ""), ("in2", "text")] {
+        let mut cat = exec("c1", exec_id, &["cat"]);
+        cat.stdin = containerd.fifo(exec_id);
+        let log = containerd
+            .directory
+            .path()
+            .join(exec_id)
+            .with_extension("log");
+        cat.stdout = format!("file://{}", log.display());
+        client.exec(deadline(), &cat).await.unwrap();
+        let close = CloseIORequest {
+            id: "c1".into(),
+            exec_id: exec_id.into(),
+            stdin: true,
+            ..CloseIORequest::default()
+        };
+        let client_side = async {
+            if !text.is_empty() {
+                let path = cat.stdin.clone();
+                // Opening waits for the shim, and so for the start.
+                tokio::task::spawn_blocking(move || write_fifo(&path, text.as_bytes()))
+                    .await
+                    .unwrap();
+            }
+            client.close_io(deadline(), &close).await.unwrap();
+        };
+        let starting = start("c1", exec_id);
+        let ((), started) = tokio::join!(client_side, client.start(deadline(), &starting));
+        started.unwrap();
+        let exited = client.wait(deadline(), &wait("c1", exec_id)).await.unwrap();
+        assert_eq!(exited.exit_status, 0);
+        client
+            .delete(deadline(), &delete("c1", exec_id))
+            .await
+            .unwrap();
+        assert_eq!(fs::read_to_string(log).unwrap(), text);
+    }
+
     // A command that does not exist releases whoever waits.
     client
         .exec(deadline(), &exec("c1", "e3", &["unknown"]))
