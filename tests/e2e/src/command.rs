@@ -25,7 +25,7 @@ const SHOWN: usize = 4096;
 pub enum Input {
     /// `/dev/null`.
     Null,
-    /// A pipe that stays open until the command's end.
+    /// A pipe that stays open until [`Running::close_stdin`] or the command's end.
     Open,
     /// All that this yields, then the end of file.
     From(Box<dyn Read + Send>),
@@ -170,6 +170,11 @@ impl Running {
             .with_context(|| format!("the input of {name} is closed"))?;
         pipe.write_all(bytes)
             .with_context(|| format!("cannot write to {name}"))
+    }
+
+    /// Ends the command's standard input.
+    pub fn close_stdin(&mut self) {
+        self.stdin = None;
     }
 
     /// Waits until standard output holds `text`; an early end of the command is an error with all

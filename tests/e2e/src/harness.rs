@@ -57,7 +57,9 @@ fn trial(case: Case, runtime: String, at_first: Arc<OnceLock<Snapshot>>) -> Tria
             let log = log
                 .tail(LOG_SHOWN)
                 .unwrap_or_else(|error| format!("{error:#}"));
-            format!("{error:?}\n\nThe end of containerd's log since the test began:\n{log}").into()
+            // At once, not only in the summary at the end of a long run.
+            eprintln!("{error:?}\n\ncontainerd's log since the test began (its end):\n{log}");
+            format!("{error:#}").into()
         })
     })
     .with_kind(kind)

@@ -9,41 +9,57 @@ use anyhow::{Result, ensure};
 pub struct Pattern {
     state: u64,
     left: u64,
+    word: [u8; 8],
+    used: usize,
 }
 
 impl Pattern {
     /// `length` bytes from this seed.
     pub fn new(seed: u64, length: u64) -> Self {
-        // The state must not be zero.
         Self {
+            // The state must not be zero.
             state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
             left: length,
+            word: [0; 8],
+            used: 8,
         }
     }
 
-    fn next(&mut self) -> u64 {
+    fn next(&mut self) -> [u8; 8] {
         self.state ^= self.state >> 12;
         self.state ^= self.state << 25;
         self.state ^= self.state >> 27;
-        self.state.wrapping_mul(0x2545_f491_4f6c_dd1d)
+        self.state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes()
+    }
+
+    /// All of it.
+    pub fn bytes(mut self) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.read_to_end(&mut bytes)?;
+        Ok(bytes)
     }
 }
 
 impl Read for Pattern {
-    /// Whole words, whatever the buffer, so that the bytes do not depend on how they are read:
-    /// the buffer must have room for eight.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut filled = 0;
-        for word in buffer.chunks_exact_mut(8) {
-            if self.left == 0 {
-                break;
+        let room = u64::try_from(buffer.len())
+            .unwrap_or(u64::MAX)
+            .min(self.left);
+        let count = usize::try_from(room).map_err(io::Error::other)?;
+        let mut rest = &mut buffer[..count];
+        while !rest.is_empty() {
+            if self.used == self.word.len() {
+                self.word = self.next();
+                self.used = 0;
             }
-            word.copy_from_slice(&self.next().to_le_bytes());
-            let count = self.left.min(8);
-            self.left -= count;
-            filled += usize::try_from(count).map_err(io::Error::other)?;
+            let part = rest.len().min(self.word.len() - self.used);
+            let (now, later) = rest.split_at_mut(part);
+            now.copy_from_slice(&self.word[self.used..self.used + part]);
+            self.used += part;
+            rest = later;
         }
-        Ok(filled)
+        self.left -= room;
+        Ok(count)
     }
 }
 
@@ -82,10 +98,20 @@ mod tests {
     use super::*;
 
     fn bytes(seed: u64, length: u64) -> Vec<u8> {
-        let mut bytes = vec![0; usize::try_from(length).unwrap().next_multiple_of(8)];
-        let count = Pattern::new(seed, length).read(&mut bytes).unwrap();
-        bytes.truncate(count);
-        bytes
+        Pattern::new(seed, length).bytes().unwrap()
+    }
+
+    #[test]
+    fn the_bytes_do_not_depend_on_how_they_are_read() {
+        let whole = bytes(3, 1000);
+        let mut pattern = Pattern::new(3, 1000);
+        let mut pieces = Vec::new();
+        for size in [1, 7, 8, 9, 0, 3, 500, 1000] {
+            let mut piece = vec![0; size];
+            let count = pattern.read(&mut piece).unwrap();
+            pieces.extend_from_slice(&piece[..count]);
+        }
+        assert_eq!(pieces, whole);
     }
 
     #[test]

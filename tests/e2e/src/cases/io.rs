@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::{Case, Setting, case};
-use crate::command::{Finished, Input};
+use crate::command::Input;
 use crate::ctr::PROBE;
 use crate::pattern::{Pattern, compare};
 use crate::terminal::Terminal;
@@ -72,20 +72,17 @@ fn two_outputs(setting: &Setting) -> Result<()> {
 
 fn short_inputs(setting: &Setting) -> Result<()> {
     let container = setting.container().detach(&["sleep", "1000"])?;
-    let execs: Vec<_> = [0, 1, 4095, 4096, 65_537, 200_000]
-        .into_iter()
-        .map(|length| -> Result<_> {
-            let input = Input::From(Box::new(Pattern::new(4, length)));
-            // The count says that the end of the input was seen, not only its bytes.
-            let exec =
-                container.spawn_exec(&[], input, &["sh", "-c", "tee /dev/stderr | wc -c"])?;
-            Ok((length, exec))
-        })
-        .collect::<Result<_>>()?;
-    for (length, exec) in execs {
-        let done: Finished = exec.finish()?.exits_with(0)?;
+    // The count says that the end of the input was seen, not only its bytes.
+    let script = "echo ready; tee /dev/stderr | wc -c";
+    for length in [0, 1, 4095, 4096, 65_537, 200_000] {
+        let mut exec = container.spawn_exec(&[], Input::Open, &["sh", "-c", script])?;
+        // `ctr` forgets to close the input when it ends before the process has started.
+        exec.expect("ready")?;
+        exec.write(&Pattern::new(4, length).bytes()?)?;
+        exec.close_stdin();
+        let done = exec.finish()?.exits_with(0)?;
         ensure!(
-            done.out().trim() == length.to_string(),
+            done.out() == format!("ready\n{length}\n"),
             "{length} bytes were sent: {done}"
         );
         compare("the input", &done.stderr, 4, length)?;
@@ -128,31 +125,27 @@ fn output_by_name(setting: &Setting) -> Result<()> {
 }
 
 fn terminal(setting: &Setting) -> Result<()> {
-    let (command, _container) = setting.container().flags(&["-t"]).into_command(&["sh"]);
+    let script = "trap 'echo resized-to-$(stty size)' WINCH; trap 'echo interrupted; exit 7' INT; \
+                  test -t 0 && test -t 1 && test -t 2 && echo ready-on-$(tty); \
+                  while :; do sleep 1000 & wait $!; done";
+    let (command, _container) = setting
+        .container()
+        .flags(&["-t"])
+        .into_command(&["sh", "-c", script]);
     let mut terminal = Terminal::spawn(command, 31, 97)?;
-    terminal.type_in("stty size; echo first-$((1+1))\n")?;
-    terminal.expect("first-2")?;
-    let screen = terminal.screen.text();
-    ensure!(screen.contains("31 97"), "the size is not 31 97: {screen}");
-    // Told, not asked: the shell gets the signal and reports the size it then finds.
-    terminal.type_in("trap 'echo resized-to-$(stty size)' WINCH; echo trap-$((1+1))\n")?;
-    terminal.expect("trap-2")?;
+    terminal.expect("ready-on-/dev/")?;
     terminal.resize(40, 120)?;
-    // A shell runs a trap when it has read a line.
-    terminal.type_in("\n")?;
     terminal.expect("resized-to-40 120")?;
-    // ^C ends what runs in the foreground and not the shell.
-    terminal.type_in("echo sleep-$((1+1)); sleep 1000\n")?;
-    terminal.expect("sleep-2")?;
     terminal.type_in("\u{3}")?;
-    terminal.type_in("echo code-$?\n")?;
-    terminal.expect("code-130")?;
-    terminal.type_in("test -t 0 && test -t 1 && test -t 2 && tty\n")?;
-    terminal.expect("/dev/")?;
-    terminal.type_in("exit 7\n")?;
+    terminal.expect("interrupted")?;
     let code = terminal.finish()?;
     ensure!(code == 7, "exit code {code}");
     Ok(())
+}
+
+/// A line for a shell that returns when the terminal has this size.
+pub fn asking_for(size: &str) -> String {
+    format!("until [ \"$(stty size 2>&1)\" = '{size}' ]; do :; done; echo $(stty size)-found\n")
 }
 
 fn terminal_end(setting: &Setting) -> Result<()> {

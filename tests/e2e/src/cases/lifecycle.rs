@@ -6,14 +6,22 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use super::io::asking_for;
 use super::{Case, Setting, case};
 use crate::command::{Input, Running};
 use crate::ctr::{BUSYBOX, Container, RUNC, Run, ctr, spawn};
 use crate::terminal::Terminal;
 
-/// Says when its traps are set; ends with 5 on TERM and reports USR1.
-const TRAPS: &str = "trap 'exit 5' TERM; trap 'echo got-USR1' USR1; echo ready; \
-                     while :; do sleep 1000 & wait $!; done";
+/// Ends with 5 on TERM, once [`ready`] has returned.
+const TRAP: &str = "mkfifo /ready; trap 'exit 5' TERM; echo ready > /ready; \
+                    while :; do sleep 1000 & wait $!; done";
+
+/// Waits until a container that runs [`TRAP`] has set its trap.
+fn ready(container: &Container) -> Result<()> {
+    let script = "until test -p /ready; do :; done; cat /ready";
+    container.exec(&[], &["sh", "-c", script])?.succeeds()?;
+    Ok(())
+}
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -29,7 +37,10 @@ pub fn cases() -> Vec<Case> {
             "exec runs commands with their own exit codes, users and directories",
             exec,
         ),
-        case("exec with a terminal has its own size", exec_with_terminal),
+        case(
+            "exec with a terminal has its own size and passes ^C",
+            exec_with_terminal,
+        ),
         case(
             "exec of a missing command is an error at once and harms nothing",
             exec_missing,
@@ -52,7 +63,9 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn detached(setting: &Setting) -> Result<()> {
-    let container = setting.container().detach(&["sh", "-c", TRAPS])?;
+    let events = listen()?;
+    let container = setting.container().detach(&["sh", "-c", TRAP])?;
+    ready(&container)?;
     let task = container.task()?.context("the container has no task")?;
     ensure!(task.status == "RUNNING" && task.pid > 0, "{task:?}");
     ensure!(
@@ -60,29 +73,11 @@ fn detached(setting: &Setting) -> Result<()> {
         "the host has no process {}",
         task.pid
     );
-    let waiting: Vec<Running> = (0..3).map(|_| container.attach()).collect::<Result<_>>()?;
-
     let refused = ctr(&["task", "delete", container.id()])?;
     ensure!(refused.code() != 0, "a running task was deleted: {refused}");
-    // Only an attached client shows that the traps are set: its output comes from then on.
-    container.kill("USR1")?;
-    for client in &waiting {
-        // One of them gets the line: they share a pipe.
-        if client
-            .stdout
-            .expect("got-USR1", Duration::from_secs(2))
-            .is_ok()
-        {
-            break;
-        }
-    }
     container.kill("TERM")?;
-    for client in waiting {
-        client
-            .finish()?
-            .exits_with(5)
-            .context("an attached client")?;
-    }
+    let exit = format!("/tasks/exit {{\"container_id\":\"{}\"", container.id());
+    events.expect(&exit)?;
     let task = container
         .task()?
         .context("the task is gone before it was deleted")?;
@@ -102,20 +97,29 @@ fn detached(setting: &Setting) -> Result<()> {
 }
 
 fn attach(setting: &Setting) -> Result<()> {
-    let script = "while read line; do echo \"got $line\"; done";
+    let script = "trap 'exit 5' TERM; while read line; do echo \"got $line\"; done";
     // Its input stays open when the first client goes.
     let container = setting
         .container()
         .input(Input::Open)
         .detach(&["sh", "-c", script])?;
+    let mut last: Option<Running> = None;
     for word in ["first", "second"] {
+        // The one before goes first: two would share the output.
+        drop(last.take());
         let mut command = std::process::Command::new("ctr");
         command.args(["task", "attach", container.id()]);
         let mut client = Running::spawn(command, Input::Open)?;
         client.write(format!("{word}\n").as_bytes())?;
         client.expect(&format!("got {word}"))?;
+        last = Some(client);
     }
-    container.kill("KILL")
+    // A shell runs a trap when it has read a line, and the client's end is the container's.
+    let mut client = last.context("no client")?;
+    container.kill("TERM")?;
+    client.write(b"third\n")?;
+    client.finish()?.exits_with(5)?;
+    Ok(())
 }
 
 fn exec(setting: &Setting) -> Result<()> {
@@ -150,13 +154,17 @@ fn exec_with_terminal(setting: &Setting) -> Result<()> {
     let container = setting.container().detach(&["sleep", "1000"])?;
     let command = container.exec_command(&["--tty"], &["sh"]);
     let mut terminal = Terminal::spawn(command, 20, 70)?;
-    terminal.type_in("echo size-$(stty size)-end\n")?;
-    terminal.expect("size-20 70-end")?;
+    terminal.type_in(&asking_for("20 70"))?;
+    terminal.expect("20 70-found")?;
     terminal.resize(50, 130)?;
-    // The new size travels on its own; the shell is asked until it is there.
-    terminal
-        .type_in("until [ \"$(stty size)\" = '50 130' ]; do :; done; echo resized-$((1+1))\n")?;
-    terminal.expect("resized-2")?;
+    terminal.type_in(&asking_for("50 130"))?;
+    terminal.expect("50 130-found")?;
+    // ^C ends what runs in the foreground and not the shell.
+    terminal.type_in("echo sleep-$((1+1)); sleep 1000\n")?;
+    terminal.expect("sleep-2")?;
+    terminal.type_in("\u{3}")?;
+    terminal.type_in("echo code-$?\n")?;
+    terminal.expect("code-130")?;
     terminal.type_in("exit 4\n")?;
     let code = terminal.finish()?;
     ensure!(code == 4, "exit code {code}");
@@ -300,9 +308,8 @@ fn events(setting: &Setting) -> Result<()> {
 
 /// The task events of one life: topic and contents, without what differs from run to run.
 fn events_of(runtime: &str) -> Result<Vec<String>> {
-    let listener = spawn(&["events"])?;
-    subscribed(&listener)?;
-    let container = Run::new(runtime).detach(&["sh", "-c", TRAPS])?;
+    let listener = listen()?;
+    let container = Run::new(runtime).detach(&["sleep", "1000"])?;
     let id = container.id().to_owned();
     let mut exec = std::process::Command::new("ctr");
     exec.args([
@@ -319,7 +326,7 @@ fn events_of(runtime: &str) -> Result<Vec<String>> {
     let client = container.attach()?;
     container.kill("KILL")?;
     client.finish()?.exits_with(137)?;
-    ctr(&["task", "delete", &id])?.exits_with(137)?;
+    // The attached client has deleted the task.
     ctr(&["container", "delete", &id])?.succeeds()?;
     // The last event of its life, after all of the task's.
     let last = format!("/containers/delete {{\"id\":\"{id}\"}}");
@@ -348,9 +355,10 @@ fn events_of(runtime: &str) -> Result<Vec<String>> {
     Ok(events)
 }
 
-/// Waits until the listener hears: `ctr events` does not say when it does, so something is made to
-/// happen until it is heard.
-fn subscribed(listener: &Running) -> Result<()> {
+/// Starts `ctr events` and waits until it hears. It does not say when it does, so something is made
+/// to happen until it is heard.
+fn listen() -> Result<Running> {
+    let listener = spawn(&["events"])?;
     for attempt in 0..30 {
         ctr(&["namespace", "label", "default", &format!("e2e={attempt}")])?.succeeds()?;
         if listener
@@ -358,7 +366,7 @@ fn subscribed(listener: &Running) -> Result<()> {
             .expect("/namespaces/update", Duration::from_secs(1))
             .is_ok()
         {
-            return Ok(());
+            return Ok(listener);
         }
     }
     bail!("`ctr events` hears nothing")

@@ -4,7 +4,7 @@
 use anyhow::{Context, Result};
 
 use super::{Case, Setting, case};
-use crate::ctr::{PROBE, RUNC, Run};
+use crate::ctr::{Foreground, PROBE, RUNC, Run};
 use crate::differences::compare;
 use crate::probe::Report;
 use crate::terminal::Terminal;
@@ -91,14 +91,17 @@ fn files(setting: &Setting) -> Result<()> {
 /// Runs the probe under both runtimes at once and compares its reports.
 fn same(what: &str, setting: &Setting, flags: &[&str], command: &[&str]) -> Result<()> {
     let start = |runtime: &str| Run::new(runtime).probe()?.flags(flags).spawn(command);
+    let finish = |started: Foreground| -> Result<Report> {
+        let id = started.container.id().to_owned();
+        report(&started.finish()?.succeeds()?, &id)
+    };
     let (runc, tested) = (start(RUNC)?, start(&setting.runtime)?);
-    let runc = report(&runc.finish()?.succeeds().context("under runc")?)?;
-    let tested = report(&tested.finish()?.succeeds()?)?;
-    compare(what, &runc, &tested)
+    compare(what, &finish(runc).context("under runc")?, &finish(tested)?)
 }
 
-fn report(text: &str) -> Result<Report> {
-    serde_json::from_str(text).with_context(|| format!("not a report: {text}"))
+/// Reads a report; the container's id reads the same in all.
+fn report(text: &str, id: &str) -> Result<Report> {
+    serde_json::from_str(&text.replace(id, "ID")).with_context(|| format!("not a report: {text}"))
 }
 
 /// The container's own process and, in the same container, an exec'd one.
@@ -110,8 +113,9 @@ fn with_options(setting: &Setting) -> Result<()> {
             .flags(&OPTIONS)
             .spawn(&["sh", "-c", script])?;
         started.client.expect("\n}\n")?;
-        let own = report(&started.client.stdout.text())?;
-        let exec = report(&started.container.exec(&[], &SPEC)?.succeeds()?)?;
+        let id = started.container.id();
+        let own = report(&started.client.stdout.text(), id)?;
+        let exec = report(&started.container.exec(&[], &SPEC)?.succeeds()?, id)?;
         started.container.kill("KILL")?;
         started.finish()?.exits_with(137)?;
         Ok((own, exec))
@@ -123,7 +127,7 @@ fn with_options(setting: &Setting) -> Result<()> {
 
 fn on_a_terminal(setting: &Setting) -> Result<()> {
     let look = |runtime: &str| -> Result<Report> {
-        let (command, _container) = Run::new(runtime)
+        let (command, container) = Run::new(runtime)
             .probe()?
             .flags(&["-t"])
             .into_command(&SPEC);
@@ -132,7 +136,7 @@ fn on_a_terminal(setting: &Setting) -> Result<()> {
         let screen = terminal.screen.clone();
         let code = terminal.finish()?;
         anyhow::ensure!(code == 0, "exit code {code}");
-        report(&screen.text())
+        report(&screen.text(), container.id())
     };
     compare("on a terminal", &look(RUNC)?, &look(&setting.runtime)?)
 }

@@ -273,8 +273,7 @@ fn appending(dir: &Path) -> Result<String> {
 fn odd_sizes(dir: &Path) -> Result<String> {
     const LENGTH: u64 = 3_333_333;
     let path = dir.join("file");
-    let mut pattern = Vec::new();
-    Pattern::new(7, LENGTH).read_to_end(&mut pattern)?;
+    let pattern = Pattern::new(7, LENGTH).bytes()?;
     let file = create(&path)?;
     // Pieces of every size, from the end to the start, so that the file grows holes and fills them.
     let mut end = pattern.len();
@@ -296,9 +295,7 @@ fn odd_sizes(dir: &Path) -> Result<String> {
 
 fn copies_in_the_kernel(dir: &Path) -> Result<String> {
     let source = create(&dir.join("source"))?;
-    let mut pattern = Vec::new();
-    Pattern::new(8, 300_000).read_to_end(&mut pattern)?;
-    source.write_all_at(&pattern, 0)?;
+    source.write_all_at(&Pattern::new(8, 300_000).bytes()?, 0)?;
     let range = create(&dir.join("range"))?;
     let (mut from, mut to) = (0, 0);
     while rustix::fs::copy_file_range(&source, Some(&mut from), &range, Some(&mut to), 1 << 20)? > 0
