@@ -279,7 +279,7 @@ impl Pod {
                 State::Ended(_) => return false,
             };
             let message = error.to_string();
-            tracing::warn!(reason = message, "The pod has ended");
+            tracing::info!(reason = message, "The pod has ended");
             *state = State::Ended(error);
             true
         });

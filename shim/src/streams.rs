@@ -81,9 +81,14 @@ impl Streams {
             let mut token = [0; TOKEN_LEN];
             let read = timeout(TOKEN_DEADLINE, stream.read_exact(&mut token)).await;
             drop(permit);
-            if !matches!(read, Ok(Ok(_))) {
-                tracing::warn!("A stream of the guest had no token; it is closed");
-                return;
+            match read {
+                Ok(Ok(_)) => {}
+                // A process that could not be started has no use for its streams.
+                Ok(Err(_)) => return,
+                Err(_) => {
+                    tracing::warn!("A stream of the guest had no token; it is closed");
+                    return;
+                }
             }
             let waiter = streams.waiting().remove(&token);
             match waiter {

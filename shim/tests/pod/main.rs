@@ -45,10 +45,7 @@ fn trials() -> Vec<Trial> {
     ]
 }
 
-fn trial<F: Future<Output = ()>>(name: &str, test: fn() -> F) -> Trial
-where
-    F: 'static,
-{
+fn trial<F: Future<Output = ()> + 'static>(name: &str, test: fn() -> F) -> Trial {
     Trial::test(name, move || {
         tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
