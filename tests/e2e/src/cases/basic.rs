@@ -3,6 +3,8 @@
 use anyhow::{Context, Result, ensure};
 
 use super::{Case, Setting, bulkhead, case};
+use crate::command::Input;
+use crate::ctr::Foreground;
 use crate::host::{self, Pod};
 
 pub fn cases() -> Vec<Case> {
@@ -138,16 +140,25 @@ fn over_memory_limit(setting: &Setting) -> Result<()> {
     Ok(())
 }
 
+/// Waits for the first words of a container of [`ten_at_once`].
+fn expect(started: &[Foreground], number: usize) -> Result<()> {
+    let one = started
+        .get(number)
+        .with_context(|| format!("there is no container {number}"))?;
+    one.client.expect(&format!("container {number}"))
+}
+
 fn ten_at_once(setting: &Setting) -> Result<()> {
-    let started: Vec<_> = (0..10)
-        .map(|number| {
-            let script = format!("echo container {number}; exec sleep 1000");
-            setting.container().spawn(&["sh", "-c", &script])
-        })
-        .collect::<Result<_>>()?;
-    for (number, one) in started.iter().enumerate() {
-        one.client.expect(&format!("container {number}"))?;
+    let mut started = Vec::new();
+    for number in 0..10_usize {
+        let script = format!("echo container {number}; exec sleep 1000");
+        started.push(setting.container().spawn(&["sh", "-c", &script])?);
+        // Two start at a time: more would only wait for each other's CPU.
+        if let Some(before) = number.checked_sub(1) {
+            expect(&started, before)?;
+        }
     }
+    expect(&started, 9)?;
     let mut machines = std::collections::BTreeSet::new();
     for one in &started {
         machines.insert(Pod::of(one.container.id())?.child("bulkhead-vmm")?.pid);
@@ -159,10 +170,7 @@ fn ten_at_once(setting: &Setting) -> Result<()> {
     );
     let execs: Vec<_> = started
         .iter()
-        .map(|one| {
-            one.container
-                .spawn_exec(&[], crate::command::Input::Null, &["hostname"])
-        })
+        .map(|one| one.container.spawn_exec(&[], Input::Null, &["hostname"]))
         .collect::<Result<_>>()?;
     for exec in execs {
         exec.finish()?

@@ -13,34 +13,25 @@ use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::mm::{MapFlags, MsyncFlags, ProtFlags, mmap, msync, munmap};
 
-use super::{Answer, Answers, outcome};
+use super::{Answer, outcome};
 use crate::pattern::{Pattern, compare};
 
 const GIB: u64 = 1 << 30;
 
-pub(super) fn ask(top: &Path, answers: &mut Answers) {
-    let questions: [(&str, Answer); 12] = [
-        ("holes", holes),
-        ("files over 4 GiB", large_files),
-        ("shared mappings", shared_mappings),
-        ("locks on open files", locks_on_open_files),
-        ("locks of processes", locks_of_processes),
-        ("appending", appending),
-        ("odd sizes", odd_sizes),
-        ("copies in the kernel", copies_in_the_kernel),
-        ("syncing", syncing),
-        ("notifications", notifications),
-        ("changes by another process", changes_by_another_process),
-        ("file system", file_system),
-    ];
-    for (question, answer) in questions {
-        let directory = top.join(question.replace(' ', "-"));
-        answers.ask(question, || {
-            fs::create_dir(&directory)?;
-            answer(&directory)
-        });
-    }
-}
+pub(super) const QUESTIONS: [(&str, Answer); 12] = [
+    ("holes", holes),
+    ("files over 4 GiB", large_files),
+    ("shared mappings", shared_mappings),
+    ("locks on open files", locks_on_open_files),
+    ("locks of processes", locks_of_processes),
+    ("appending", appending),
+    ("odd sizes", odd_sizes),
+    ("copies in the kernel", copies_in_the_kernel),
+    ("syncing", syncing),
+    ("notifications", notifications),
+    ("changes by another process", changes_by_another_process),
+    ("file system", file_system),
+];
 
 fn create(path: &Path) -> Result<File> {
     let mut options = OpenOptions::new();

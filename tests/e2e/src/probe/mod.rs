@@ -3,6 +3,7 @@
 //! The tests start it under runc and under the runtime under test, and compare the reports.
 
 mod data;
+mod metadata;
 mod names;
 mod spec;
 mod stream;
@@ -10,7 +11,7 @@ mod syscalls;
 mod tree;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
@@ -65,17 +66,28 @@ pub fn run(probe: &Probe) -> Result<()> {
         Probe::Tree { directory } => tree::print(directory),
         Probe::Stream { length } => stream::write(*length),
         Probe::Lock { file } => data::lock_as_another(file),
-        Probe::Access { file } => names::access_as_another(file),
+        Probe::Access { file } => metadata::access_as_another(file),
         Probe::Overwrite { file } => data::overwrite_as_another(file),
     }
 }
 
-fn files(directory: &std::path::Path) -> Result<Report> {
-    std::fs::create_dir_all(directory)?;
-    let mut answers = Answers::default();
-    names::ask(directory, &mut answers);
-    data::ask(directory, &mut answers);
-    Ok(answers.report)
+/// Asks every question about files, each in a directory of its own.
+fn files(top: &Path) -> Result<Report> {
+    let questions = names::QUESTIONS
+        .iter()
+        .chain(&metadata::QUESTIONS)
+        .chain(&data::QUESTIONS);
+    let mut report = Report::new();
+    for (question, answer) in questions {
+        let directory = top.join(question.replace(' ', "-"));
+        std::fs::create_dir_all(&directory)?;
+        // Should an answer never come, the failed test shows to which question.
+        eprintln!("{question}");
+        // A failure is an answer as well.
+        let answer = answer(&directory).unwrap_or_else(|error| format!("error: {error:#}"));
+        report.insert((*question).to_owned(), answer);
+    }
+    Ok(report)
 }
 
 fn print(report: &Report) -> Result<()> {
@@ -84,21 +96,7 @@ fn print(report: &Report) -> Result<()> {
 }
 
 /// Finds out what happens to files in an empty directory of its own.
-type Answer = fn(&std::path::Path) -> Result<String>;
-
-/// Collects answers; a failure is an answer as well.
-#[derive(Default)]
-struct Answers {
-    report: Report,
-}
-
-impl Answers {
-    /// Notes the answer to a question.
-    fn ask(&mut self, question: &str, answer: impl FnOnce() -> Result<String>) {
-        let answer = answer().unwrap_or_else(|error| format!("error: {error:#}"));
-        self.report.insert(question.to_owned(), answer);
-    }
-}
+type Answer = fn(&Path) -> Result<String>;
 
 /// A result of a system call as an answer: "ok", or the error's name.
 fn outcome<T, E: Into<std::io::Error>>(result: Result<T, E>) -> String {
