@@ -1,7 +1,7 @@
 //! The task API that containerd calls.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, HashSet, hash_map::Entry},
     future::Future,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -52,6 +52,11 @@ enum Slot {
 #[derive(Debug, Default)]
 struct Containers {
     slots: HashMap<String, Slot>,
+    /// containers still being created whose deletion containerd has asked for: it has given up
+    /// waiting for them, and does not ask again.
+    abandoned: HashSet<String>,
+    /// containerd has asked for the end while there were containers.
+    unwanted: bool,
     /// Nothing is created any more.
     closed: bool,
 }
@@ -153,18 +158,22 @@ impl Service {
         }
         let number = self.shared.created.fetch_add(1, Ordering::Relaxed);
         let created = creation::create(&self.shared.host, &request, &format!("c{number}")).await;
-        let mut containers = self.containers();
+        let created = match created {
+            Ok(container) => self.keep(&request.id, container).await,
+            Err(error) => Err(error),
+        };
         match created {
-            Ok(container) => {
-                let pid = container.init.pid();
-                containers
-                    .slots
-                    .insert(request.id, Slot::Created(container));
-                Ok(pid)
-            }
+            Ok(pid) => Ok(pid),
             Err(error) => {
-                containers.slots.remove(&request.id);
-                drop(containers);
+                let unwanted = {
+                    let mut containers = self.containers();
+                    containers.slots.remove(&request.id);
+                    containers.abandoned.remove(&request.id);
+                    containers.unwanted
+                };
+                if unwanted {
+                    self.clone().shut_down().await?;
+                }
                 let message = text::chain(&error);
                 tracing::error!(
                     id = request.id,
@@ -174,6 +183,25 @@ impl Service {
                 Err(error)
             }
         }
+    }
+
+    /// Enters a new container, unless containerd has already asked for its deletion.
+    async fn keep(&self, id: &str, container: Arc<Container>) -> Result<u32, TaskError> {
+        {
+            let mut containers = self.containers();
+            if !containers.abandoned.contains(id) {
+                containers.unwanted = false;
+                let pid = container.init.pid();
+                containers
+                    .slots
+                    .insert(id.to_owned(), Slot::Created(container));
+                return Ok(pid);
+            }
+        }
+        container.delete().await?;
+        Err(TaskError::State(format!(
+            "Container {id} was deleted while it was being created"
+        )))
     }
 
     async fn start_process(self, request: StartRequest) -> Result<StartResponse, TaskError> {
@@ -190,6 +218,14 @@ impl Service {
     }
 
     async fn delete_process(self, request: DeleteRequest) -> Result<DeleteResponse, TaskError> {
+        {
+            let mut containers = self.containers();
+            if request.exec_id.is_empty()
+                && matches!(containers.slots.get(&request.id), Some(Slot::Creating))
+            {
+                containers.abandoned.insert(request.id.clone());
+            }
+        }
         let container = self.container(&request.id)?;
         let (pid, exit) = if request.exec_id.is_empty() {
             let exit = container.delete().await?;
@@ -221,6 +257,7 @@ impl Service {
         {
             let mut containers = self.containers();
             if !containers.slots.is_empty() {
+                containers.unwanted = true;
                 return Ok(Empty::new());
             }
             containers.closed = true;

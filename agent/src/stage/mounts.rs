@@ -271,6 +271,10 @@ fn new_file_system(
             )
         })?;
     }
+    // As mount(2) with MS_RDONLY does: the file system itself is read-only, not just this mount.
+    if options.attributes.set & ATTR_RDONLY != 0 {
+        fsconfig_set_flag(context.as_fd(), "ro")?;
+    }
     fsconfig_create(context.as_fd())?;
     let none = MountAttrFlags::empty();
     Ok(fsmount(
@@ -309,6 +313,7 @@ pub fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
 /// An empty read-only directory, for masking one.
 pub fn empty_directory() -> io::Result<OwnedFd> {
     let options = MountOptions {
+        attributes: Attributes::READ_ONLY,
         data: vec![
             ("size".into(), Some("0".into())),
             ("nr_inodes".into(), Some("1".into())),
@@ -316,7 +321,7 @@ pub fn empty_directory() -> io::Result<OwnedFd> {
         ..MountOptions::default()
     };
     let directory = new_file_system("tmpfs", Some(Path::new("tmpfs")), &options)?;
-    Attributes::READ_ONLY.apply(directory.as_fd(), false)?;
+    options.attributes.apply(directory.as_fd(), false)?;
     Ok(directory)
 }
 

@@ -11,7 +11,7 @@ use protobuf::Message;
 
 use crate::{
     containerd::{Containerd, deadline, delete, start, wait, wait_gone},
-    lifecycle::shut_down,
+    lifecycle::{shut_down, try_shut_down},
     machine,
 };
 
@@ -113,6 +113,29 @@ pub async fn shim_terminated() {
     wait_gone(shim);
     containerd.assert_nothing_left("c1");
     assert!(containerd.topics().contains(&"/tasks/exit c1 137".into()));
+}
+
+/// containerd gives up on a slow creation: it asks for the deletion and the end, and not again.
+pub async fn abandoned() {
+    let containerd = Containerd::new("slow").await;
+    let go = containerd.directory.path().join("go");
+    nix::unistd::mkfifo(&go, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    containerd.add_bundle("c1", None, &["sleep"]);
+    let (client, _) = containerd.start_shim_with("c1", || Ok(())).await;
+    let connected = client.connect(deadline(), &ConnectRequest::default()).await;
+    let shim = connected.unwrap().shim_pid.try_into().unwrap();
+    let request = containerd.create_request("c1");
+    let (created, ()) = tokio::join!(client.create(deadline(), &request), async {
+        let deleted = client.delete(deadline(), &delete("c1", "")).await;
+        assert!(deleted.is_err());
+        try_shut_down(&client).await;
+        tokio::task::spawn_blocking(move || fs::write(go, "").unwrap())
+            .await
+            .unwrap();
+    });
+    assert!(created.is_err());
+    wait_gone(shim);
+    containerd.assert_nothing_left("c1");
 }
 
 pub async fn boot_failures() {

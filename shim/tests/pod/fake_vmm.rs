@@ -79,6 +79,11 @@ pub fn main(executable: &str) {
                 },
             );
         }
+        "slow" => {
+            // Opens when the test opens the other end.
+            fs::File::open(Path::new(executable).with_file_name("go")).unwrap();
+            serve(channel);
+        }
         _ => serve(channel),
     }
 }

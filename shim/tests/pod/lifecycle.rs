@@ -51,7 +51,7 @@ pub async fn shut_down(client: &TaskClient) {
 }
 
 /// Asks for the end of a pod.
-async fn try_shut_down(client: &TaskClient) {
+pub async fn try_shut_down(client: &TaskClient) {
     client
         .shutdown(deadline(), &ShutdownRequest::default())
         .await

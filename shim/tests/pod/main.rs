@@ -40,6 +40,7 @@ fn trials() -> Vec<Trial> {
         ),
         trial("a_killed_shim_is_cleaned_up_after", crashes::shim_killed),
         trial("sigterm_ends_the_pod", crashes::shim_terminated),
+        trial("an_abandoned_creation_ends_the_pod", crashes::abandoned),
         trial("boot_failures_are_told", crashes::boot_failures),
         trial("a_host_without_kvm_is_told", crashes::no_kvm),
     ]
