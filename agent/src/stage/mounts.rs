@@ -256,9 +256,9 @@ fn new_file_system(
     // The guest has cgroup v2 only, whatever the spec was written for.
     let kind = if kind == "cgroup" { "cgroup2" } else { kind };
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
-    if let Some(source) = source.filter(|source| !source.as_os_str().is_empty()) {
-        fsconfig_set_string(context.as_fd(), "source", source)?;
-    }
+    // Without a source the kernel would call it "none".
+    let source = source.unwrap_or(Path::new(""));
+    fsconfig_set_string(context.as_fd(), "source", source)?;
     for (key, value) in &options.data {
         let set = match value {
             Some(value) => fsconfig_set_string(context.as_fd(), key.as_str(), value.as_str()),
@@ -314,10 +314,6 @@ pub fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
 pub fn empty_directory() -> io::Result<OwnedFd> {
     let options = MountOptions {
         attributes: Attributes::READ_ONLY,
-        data: vec![
-            ("size".into(), Some("0".into())),
-            ("nr_inodes".into(), Some("1".into())),
-        ],
         ..MountOptions::default()
     };
     let directory = new_file_system("tmpfs", Some(Path::new("tmpfs")), &options)?;

@@ -23,6 +23,8 @@ struct Difference {
     /// Under Bulkhead the answer is this; `*` stands for anything.
     #[serde(default = "anything")]
     answer: String,
+    /// Only in the comparison of this name.
+    only: Option<String>,
     /// Why.
     reason: String,
 }
@@ -46,6 +48,7 @@ pub fn compare(what: &str, runc: &Report, tested: &Report) -> Result<()> {
         );
         let meant = known.difference.iter().any(|difference| {
             matches(&difference.answer, found)
+                && difference.only.as_deref().is_none_or(|only| only == what)
                 && difference
                     .questions
                     .iter()

@@ -11,6 +11,7 @@ mod ctr;
 mod differences;
 mod harness;
 mod host;
+mod lab_fault;
 mod pattern;
 mod probe;
 mod residue;

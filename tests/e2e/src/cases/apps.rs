@@ -184,10 +184,10 @@ fn tar_tree(setting: &Setting) -> Result<()> {
     let (runc, tested) = (start(RUNC)?, start(&setting.runtime)?);
     let runc = runc
         .client
-        .finish_within(DEADLINE * 4)?
+        .finish_within(DEADLINE * 8)?
         .succeeds()
         .context("under runc")?;
-    let tested = tested.client.finish_within(DEADLINE * 4)?.succeeds()?;
+    let tested = tested.client.finish_within(DEADLINE * 8)?.succeeds()?;
     ensure!(
         runc.lines().count() == names,
         "{} of {names} names were unpacked under runc",

@@ -164,10 +164,14 @@ fn process(report: &mut Report) -> Result<()> {
         if let Some((name, value)) = line.split_once(':')
             && STATUS.contains(&name)
         {
-            report.insert(
-                format!("status.{name}"),
-                value.split_whitespace().collect::<Vec<_>>().join(" "),
-            );
+            let values: Vec<_> = value.split_whitespace().collect();
+            // Which number a process has is chance; how many it has is the depth of its namespace.
+            let text = if name.starts_with("NS") {
+                values.len().to_string()
+            } else {
+                values.join(" ")
+            };
+            report.insert(format!("status.{name}"), text);
         }
     }
     for line in fs::read_to_string("/proc/self/limits")?.lines().skip(1) {
