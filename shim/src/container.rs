@@ -508,6 +508,11 @@ impl Container {
         let all = all && exec_id.is_empty();
         match agent.signal(&self.id, exec_id, signal, all).await {
             Ok(()) => Ok(()),
+            // A guest that is too stuck to obey is killed from outside: SIGKILL cannot be refused.
+            Err(AgentError::Deadline { .. }) if exec_id.is_empty() && signal == SIGKILL => {
+                self.host.pod.end("the guest does not obey SIGKILL");
+                Ok(())
+            }
             Err(error) => match self.host.pod.explain(error).await {
                 Ok(error) => Err(error.into()),
                 Err(_) => Err(finished()),

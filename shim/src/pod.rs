@@ -45,6 +45,9 @@ const EXPLANATION_DEADLINE: Duration = Duration::from_secs(3);
 /// How long a killed VMM may take to give its memory back.
 const EXIT_DEADLINE: Duration = Duration::from_secs(20);
 
+/// Why a pod ends that is no longer wanted.
+pub const SHUT_DOWN: &str = "it was shut down";
+
 /// Where KVM is.
 const KVM: &str = "/dev/kvm";
 
@@ -267,8 +270,8 @@ impl Pod {
         }
     }
 
-    /// Ends the pod: the first reason stays.
-    fn end(&self, reason: &str) {
+    /// Kills the VM, which ends the pod. The first reason stays.
+    pub fn end(&self, reason: &str) {
         if let Some(vmm) = &self.belongings().vmm {
             vmm.kill();
         }
@@ -370,14 +373,9 @@ impl Pod {
         }
     }
 
-    /// Kills the VM.
-    pub fn kill(&self) {
-        self.end("it was shut down");
-    }
-
     /// Ends the VM and releases everything that the pod has on the host.
     pub async fn stop(&self) {
-        self.kill();
+        self.end(SHUT_DOWN);
         let vmm = self.belongings().vmm.clone();
         if let Some(vmm) = vmm
             && timeout(EXIT_DEADLINE, vmm.exited()).await.is_err()

@@ -32,6 +32,7 @@ use crate::{
     creation,
     errors::{TaskError, timestamp},
     events::Event,
+    pod,
     process::Phase,
     spec::ConsoleSize,
     stats,
@@ -119,7 +120,7 @@ impl Service {
             containers.slots.values().cloned().collect()
         };
         let host = &self.shared.host;
-        host.pod.kill();
+        host.pod.end(pod::SHUT_DOWN);
         for slot in slots {
             if let Slot::Created(container) = slot {
                 container.init.wait().await;
