@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod demo;
+mod e2e;
 mod host;
 mod install;
 mod lab;

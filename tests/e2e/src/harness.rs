@@ -2,7 +2,8 @@
 //! what it left behind.
 
 use std::process::ExitCode;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -17,32 +18,28 @@ use crate::residue::Snapshot;
 /// How much of containerd's log a failure shows, in bytes.
 const LOG_SHOWN: u64 = 8 * 1024;
 
-/// How often a test is tried that the lab's processor has spoiled.
-const TRIES: u32 = 3;
+/// The exit code when the lab's processor failed during a failed test (`EX_TEMPFAIL`, sysexits.h):
+/// the test says nothing, and this lab must not be used any more.
+const LAB_FAULT: u8 = 75;
 
 /// Runs the cases that the arguments select.
 pub fn run(runtime: &str, mut arguments: Arguments) -> ExitCode {
     // One at a time: what is left on the host must be one test's alone.
     arguments.test_threads = Some(1);
-    let at_first = Arc::new(OnceLock::new());
-    let mut trials: Vec<_> = cases::all()
+    let spoiled = Arc::new(AtomicBool::new(false));
+    let trials: Vec<_> = cases::all()
         .into_iter()
         .filter(|case| !case.bulkhead_only || runtime == BULKHEAD)
-        .map(|case| trial(case, runtime.to_owned(), Arc::clone(&at_first)))
+        .map(|case| trial(case, runtime.to_owned(), Arc::clone(&spoiled)))
         .collect();
-    trials.push(Trial::test(
-        "containerd has kept nothing of all that ran before",
-        move || {
-            let before = at_first.get().ok_or("no test ran before")?;
-            before
-                .nothing_new(Snapshot::of_containerd)
-                .map_err(|error| format!("{error:?}").into())
-        },
-    ));
-    libtest_mimic::run(&arguments, trials).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if spoiled.load(Ordering::Relaxed) {
+        return ExitCode::from(LAB_FAULT);
+    }
+    conclusion.exit_code()
 }
 
-fn trial(case: Case, runtime: String, at_first: Arc<OnceLock<Snapshot>>) -> Trial {
+fn trial(case: Case, runtime: String, spoiled: Arc<AtomicBool>) -> Trial {
     let kind = if case.bulkhead_only {
         "Bulkhead only"
     } else {
@@ -50,12 +47,10 @@ fn trial(case: Case, runtime: String, at_first: Arc<OnceLock<Snapshot>>) -> Tria
     };
     Trial::test(case.name, move || {
         let setting = Setting { runtime };
-        if at_first.get().is_none() {
-            let _ = at_first.set(Snapshot::of_containerd().map_err(|error| format!("{error:?}"))?);
-        }
+        let faults = LabFaults::watch().map_err(|error| format!("{error:?}"))?;
         let log = Log::start();
         let started = Instant::now();
-        let result = tried(&case, &setting);
+        let result = checked(&case, &setting);
         eprintln!("    {:.1} s", started.elapsed().as_secs_f32());
         result.map_err(|error| {
             let log = log
@@ -63,36 +58,27 @@ fn trial(case: Case, runtime: String, at_first: Arc<OnceLock<Snapshot>>) -> Tria
                 .unwrap_or_else(|error| format!("{error:#}"));
             // At once, not only in the summary at the end of a long run.
             eprintln!("{error:?}\n\ncontainerd's log since the test began (its end):\n{log}");
+            match faults.first() {
+                Ok(None) => {}
+                Ok(Some(fault)) => {
+                    eprintln!("The lab's processor has left a guest in the host's code: {fault}");
+                    spoiled.store(true, Ordering::Relaxed);
+                }
+                Err(error) => eprintln!("{error:#}"),
+            }
             format!("{error:#}").into()
         })
     })
     .with_kind(kind)
 }
 
-/// Runs a test, and again when it failed and the lab's processor is known to have failed during it.
-fn tried(case: &Case, setting: &Setting) -> Result<()> {
-    let faults = LabFaults::watch()?;
-    let mut tries = 1;
-    loop {
-        faults.take()?;
-        let result = checked(case, setting);
-        match (result, faults.take()?) {
-            (Err(error), Some(fault)) if tries < TRIES => {
-                eprintln!(
-                    "\n    the lab's emulated processor has failed (a guest was left in the host's \
-                     code: {fault}), so this says nothing: {error:#}; trying again"
-                );
-                tries += 1;
-            }
-            (result, _) => return result,
-        }
-    }
-}
-
 fn checked(case: &Case, setting: &Setting) -> Result<()> {
+    let kept_before = Snapshot::of_containerd()?;
     let before = Snapshot::take()?;
     let result = (case.run)(setting);
-    let left = before.nothing_new(Snapshot::take);
+    let left = before
+        .nothing_new(Snapshot::take)
+        .and_then(|()| kept_before.nothing_new(Snapshot::of_containerd));
     match (result, left) {
         (Err(error), Err(left)) => Err(error.context(format!("(and then: {left:#})"))),
         (result, left) => result.and(left.context("after the test")),

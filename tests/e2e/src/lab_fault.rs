@@ -16,7 +16,7 @@ const TRACING: &str = "/sys/kernel/tracing";
 
 /// Exits from code that no guest kernel of ours has: beyond its image, which begins at
 /// 0xffffffff81000000, and below the fixed mappings, which every kernel has.
-const NOT_OURS: &str = "rip >= 0xffffffff88000000 && rip < 0xffffffffff000000";
+const NOT_OURS: &str = "guest_rip >= 0xffffffff88000000 && guest_rip < 0xffffffffff000000";
 
 /// Kilobytes of the record, for each CPU.
 const SIZE: &str = "64";
@@ -28,7 +28,7 @@ pub struct LabFaults {
 }
 
 impl LabFaults {
-    /// Starts the record.
+    /// Starts an empty record.
     pub fn watch() -> Result<Self> {
         if !Path::new(TRACING).join("instances").exists() {
             let none: Option<&str> = None;
@@ -42,15 +42,15 @@ impl LabFaults {
         let faults = Self { instance };
         faults.write("buffer_size_kb", SIZE)?;
         faults.write("events/kvm/kvm_exit/filter", NOT_OURS)?;
+        faults.write("trace", "")?;
         faults.write("events/kvm/kvm_exit/enable", "1")?;
         Ok(faults)
     }
 
-    /// The first such exit since the last call.
-    pub fn take(&self) -> Result<Option<String>> {
+    /// The first such exit since the start.
+    pub fn first(&self) -> Result<Option<String>> {
         let path = self.instance.join("trace");
         let trace = fs::read_to_string(&path).context("read the record of the lab's faults")?;
-        self.write("trace", "")?;
         let first = trace.lines().find(|line| !line.starts_with('#'));
         Ok(first.map(|line| line.trim().to_owned()))
     }
