@@ -76,7 +76,9 @@ fn detached(setting: &Setting) -> Result<()> {
     let refused = ctr(&["task", "delete", container.id()])?;
     ensure!(refused.code() != 0, "a running task was deleted: {refused}");
     container.kill("TERM")?;
-    let exit = format!("/tasks/exit {{\"container_id\":\"{}\"", container.id());
+    // Of the container itself, not of an exec in it.
+    let id = container.id();
+    let exit = format!("/tasks/exit {{\"container_id\":\"{id}\",\"id\":\"{id}\"");
     events.expect(&exit)?;
     let task = container
         .task()?
