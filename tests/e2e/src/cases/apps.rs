@@ -22,7 +22,7 @@ pub fn cases() -> Vec<Case> {
             dpkg,
         ),
         case("gcc compiles a program that runs", gcc),
-        case("tar unpacks 20,000 files with all their metadata", tar_tree),
+        case("tar unpacks 2,000 files with all their metadata", tar_tree),
     ]
 }
 
@@ -184,10 +184,10 @@ fn tar_tree(setting: &Setting) -> Result<()> {
     let (runc, tested) = (start(RUNC)?, start(&setting.runtime)?);
     let runc = runc
         .client
-        .finish_within(DEADLINE * 8)?
+        .finish_within(DEADLINE * 4)?
         .succeeds()
         .context("under runc")?;
-    let tested = tested.client.finish_within(DEADLINE * 8)?.succeeds()?;
+    let tested = tested.client.finish_within(DEADLINE * 4)?.succeeds()?;
     ensure!(
         runc.lines().count() == names,
         "{} of {names} names were unpacked under runc",
@@ -203,6 +203,10 @@ fn tar_tree(setting: &Setting) -> Result<()> {
     );
     Ok(())
 }
+
+/// Directories of about 100 files each. More of them take more exits than the lab's emulated
+/// processor usually survives, see `lab_fault`.
+const DIRECTORIES: u64 = 20;
 
 /// Writes an archive with a bit of everything and returns how many names it holds.
 fn write_tree(path: &Path) -> Result<usize> {
@@ -242,7 +246,7 @@ fn write_tree(path: &Path) -> Result<usize> {
             }
             Ok(())
         };
-    for directory in 0..200 {
+    for directory in 0..DIRECTORIES {
         let top = format!("d{directory}");
         entry(EntryType::Directory, &top, 0o755, directory, &[], "")?;
         for number in 0..96 {
@@ -280,7 +284,7 @@ fn write_tree(path: &Path) -> Result<usize> {
             &[],
             &format!("{top}/file-3"),
         )?;
-        if directory % 50 == 0 {
+        if directory % 10 == 0 {
             entry(EntryType::Fifo, &format!("{top}/pipe"), 0o640, 4, &[], "")?;
             entry(EntryType::Char, &format!("{top}/null"), 0o666, 5, &[], "")?;
         }
