@@ -11,7 +11,7 @@ use bulkhead_lab::{
 use bulkhead_rootfs_builder::{INITRAMFS, VMLINUX, build_initramfs, write_manifest};
 
 /// What compiling Bulkhead needs of the machine; the kernel's build looks after its own needs.
-const BUILD_PACKAGES: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev"];
+const BUILD_PACKAGES: &[&str] = &["busybox-static", "gcc", "libc6-dev", "libseccomp-dev"];
 
 /// Where the shipped files are after a build.
 pub struct Built {
