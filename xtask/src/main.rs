@@ -3,7 +3,6 @@
 mod bench;
 mod build;
 mod demo;
-mod e2e;
 mod host;
 mod install;
 mod lab;

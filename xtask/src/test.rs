@@ -1,10 +1,18 @@
 //! `cargo xtask test`: everything that is checked before a change goes in.
 
-use anyhow::Result;
-use bulkhead_lab::{BUILD_LIMIT, Step, cargo, run_shown};
+use std::time::Duration;
 
-use crate::build;
-use crate::e2e::Suite;
+use anyhow::Result;
+use bulkhead_lab::{BUILD_LIMIT, Lab, LabOptions, Step, cargo, run_shown};
+
+use crate::lab::{load_debian_dev, save_logs};
+use crate::{build, install};
+
+/// Where the end-to-end tests' program is in the lab.
+const E2E: &str = "/usr/local/bin/bulkhead-e2e";
+
+/// How long all end-to-end tests may take.
+const E2E_LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// Runs all tests, or only the end-to-end tests whose names match `e2e`.
 pub fn run(e2e: Option<&str>) -> Result<i32> {
@@ -13,11 +21,25 @@ pub fn run(e2e: Option<&str>) -> Result<i32> {
         check()?;
     }
     let built = build::build()?;
-    let suite = Suite {
-        built: &built,
-        program: build::build_e2e()?,
-    };
-    Ok(i32::from(!suite.run(e2e)?))
+    let program = build::build_e2e()?;
+    let lab = Lab::start(&LabOptions {
+        name: format!("test-{}", std::process::id()),
+        ..LabOptions::default()
+    })?;
+    let step = Step::start("Installing Bulkhead and its tests in the lab");
+    install::install_in_lab(&built, &lab)?;
+    lab.push(&program, E2E)?;
+    step.done();
+    load_debian_dev(&lab)?;
+    let arguments = std::iter::once(E2E).chain(e2e);
+    let result = lab
+        .exec(arguments)
+        .limit(E2E_LIMIT)
+        .stream(&mut std::io::stdout(), &mut std::io::stderr());
+    if !matches!(result, Ok(0)) {
+        save_logs(&lab);
+    }
+    Ok(result?)
 }
 
 /// Format, lints and unit tests, with cargo-nextest where it is installed.

@@ -11,7 +11,6 @@ mod ctr;
 mod differences;
 mod harness;
 mod host;
-mod lab_fault;
 mod pattern;
 mod probe;
 mod residue;

@@ -49,7 +49,8 @@ impl Machine {
                 ]
                 .as_slice()
             } else {
-                &["-accel", "tcg,thread=multi", "-smp", "2"]
+                // The agent keeps everything off the first processor.
+                &["-accel", "tcg,thread=multi", "-smp", "3"]
             })
             .args([
                 "-nodefaults",

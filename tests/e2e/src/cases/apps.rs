@@ -204,9 +204,8 @@ fn tar_tree(setting: &Setting) -> Result<()> {
     Ok(())
 }
 
-/// Directories of about 100 files each. More of them take more exits than the lab's emulated
-/// processor usually survives, see `lab_fault`.
-const DIRECTORIES: u64 = 20;
+/// Directories of about 100 files each.
+const DIRECTORIES: u64 = 200;
 
 /// Writes an archive with a bit of everything and returns how many names it holds.
 fn write_tree(path: &Path) -> Result<usize> {

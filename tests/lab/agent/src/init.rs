@@ -5,9 +5,10 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::wait::wait;
-use nix::unistd::{chdir, chroot, sethostname};
+use nix::unistd::{Pid, chdir, chroot, sethostname};
 use rustix::mount::{MountFlags, mount, mount_move};
 
 use crate::{Context, Result};
@@ -39,6 +40,7 @@ pub fn run() -> Result<()> {
 }
 
 fn live() -> Result<()> {
+    leave_first_processor()?;
     enter_root()?;
     mount_all()?;
     sethostname("lab").context(|| "set the host's name".into())?;
@@ -68,6 +70,25 @@ fn live() -> Result<()> {
             Err(error) => return Err(format!("wait for any process: {error}").into()),
         }
     }
+}
+
+/// Keeps every process of the lab, virtual CPUs above all, off the first of several processors.
+///
+/// When any processor restores its FPU's state, QEMU (up to 11.1 at least) also clears a flag of the
+/// first processor (`cpu_clear_ignne`), by an unlocked change of the word that says whether that
+/// processor runs a guest and through which page tables. A change that the first processor makes at
+/// the same moment is lost; VMRUN, #VMEXIT, CLGI and STGI make them.
+fn leave_first_processor() -> Result<()> {
+    let this = Pid::from_raw(0);
+    let mut processors = sched_getaffinity(this).context(|| "read the CPU affinity".into())?;
+    let has = |number| processors.is_set(number).unwrap_or(false);
+    if (1..CpuSet::count()).any(has) {
+        processors
+            .unset(0)
+            .and_then(|()| sched_setaffinity(this, &processors))
+            .context(|| "leave CPU 0".into())?;
+    }
+    Ok(())
 }
 
 /// Loads the disk's driver, mounts the disk and makes it the root.
