@@ -35,9 +35,12 @@ const TOOL_PACKAGES: [&str; 10] = [
     "xz-utils",
 ];
 
-/// Our one change to the source. When it no longer applies to a new version of the package, the
+/// Our changes to the source. When one no longer applies to a new version of the package, the
 /// build fails there, and the change has to be looked at again.
-const PATCH: &str = include_str!("../patches/return-sites.patch");
+const PATCH: &str = concat!(
+    include_str!("../patches/return-sites.patch"),
+    include_str!("../patches/fuse-submount-acl.patch"),
+);
 
 /// Variables for make. Who built the kernel, where and when is fixed: the image depends on its
 /// inputs alone.
