@@ -23,9 +23,11 @@ pub struct StateError {
     pub source: io::Error,
 }
 
-/// The path of a pod's directory.
+/// The path of a pod's directory. It is one name, for a directory that the pods of a namespace share
+/// would have to be removed by its last one while the next is about to use it. containerd's names
+/// have no colon.
 pub fn path(base: &Path, namespace: &str, group: &str) -> PathBuf {
-    base.join(namespace).join(group)
+    base.join(format!("{namespace}:{group}"))
 }
 
 /// A pod's directory, removed with its owner.
@@ -68,16 +70,12 @@ impl Drop for StateDirectory {
     }
 }
 
-/// Removes a pod's directory, if it is there, and the namespace's when it was the last.
+/// Removes a pod's directory, if it is there.
 pub fn remove(path: &Path) {
     if let Err(error) = fs::remove_dir_all(path)
         && error.kind() != ErrorKind::NotFound
     {
         tracing::warn!(path = %path.display(), %error, "Cannot remove the state directory");
-    }
-    if let Some(namespace) = path.parent() {
-        // Other pods of the namespace keep it.
-        let _ = fs::remove_dir(namespace);
     }
 }
 
@@ -91,14 +89,14 @@ mod tests {
     fn the_directory_lives_with_its_owner() {
         let base = tempfile::tempdir().unwrap();
         let state = StateDirectory::create(base.path(), "ns", "pod").unwrap();
-        let path = base.path().join("ns/pod");
+        let path = base.path().join("ns:pod");
         assert_eq!(state.path(), path);
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
         state.console().unwrap();
         assert!(path.join("console.log").exists());
         drop(state);
-        assert!(!base.path().join("ns").exists());
+        assert!(!path.exists());
         remove(&path);
     }
 }

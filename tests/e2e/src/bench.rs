@@ -74,7 +74,7 @@ struct Idle {
 fn idle() -> Result<Idle> {
     let container = Run::new(BULKHEAD).detach(&["sleep", "1000"])?;
     let path = PathBuf::from(format!(
-        "/run/bulkhead/default/{}/timeline.json",
+        "/run/bulkhead/default:{}/timeline.json",
         container.id()
     ));
     let timeline: Value = serde_json::from_str(&host::read(&path)?)

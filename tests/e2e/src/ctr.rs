@@ -1,5 +1,6 @@
 //! Driving containerd with `ctr`, as a user does.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -162,6 +163,13 @@ impl Container {
     /// Its id.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// Its root file system on the host, while its task exists.
+    pub fn rootfs(&self) -> PathBuf {
+        Path::new("/run/containerd/io.containerd.runtime.v2.task/default")
+            .join(&self.id)
+            .join("rootfs")
     }
 
     /// Leaves the container to somebody else.

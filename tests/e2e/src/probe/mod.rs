@@ -8,7 +8,7 @@ mod names;
 mod spec;
 mod stream;
 mod syscalls;
-mod tree;
+pub mod tree;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -63,7 +63,10 @@ pub fn run(probe: &Probe) -> Result<()> {
     match probe {
         Probe::Spec => print(&spec::report()?),
         Probe::Files { directory } => print(&files(directory)?),
-        Probe::Tree { directory } => tree::print(directory),
+        Probe::Tree { directory } => {
+            print!("{}", tree::describe(directory)?);
+            Ok(())
+        }
         Probe::Stream { length } => stream::write(*length),
         Probe::Lock { file } => data::lock_as_another(file),
         Probe::Access { file } => metadata::access_as_another(file),

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::{self, File, Metadata};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -12,15 +12,14 @@ use anyhow::{Context, Result};
 use rustix::fs::{lgetxattr, llistxattr};
 use sha2::{Digest, Sha256};
 
-/// Prints one line for each file below `directory`, sorted by path.
-pub(super) fn print(directory: &Path) -> Result<()> {
-    let mut out = io::BufWriter::new(io::stdout().lock());
+/// One line for each file below `directory`, sorted by path.
+pub fn describe(directory: &Path) -> Result<String> {
+    let mut out = String::new();
     walk(directory, directory, &mut out)?;
-    out.flush()?;
-    Ok(())
+    Ok(out)
 }
 
-fn walk(top: &Path, directory: &Path, out: &mut impl Write) -> Result<()> {
+fn walk(top: &Path, directory: &Path, out: &mut String) -> Result<()> {
     let listing =
         fs::read_dir(directory).with_context(|| format!("list {}", directory.display()))?;
     let mut names: Vec<OsString> = listing
