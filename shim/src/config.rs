@@ -30,6 +30,8 @@ pub struct Config {
     pub vcpus: u8,
     /// Memory of each VM in MiB.
     pub memory_mib: u32,
+    /// Seconds for the guest's agent to answer after the pod's start.
+    pub boot_timeout: u32,
     /// Added to the guest kernel's command line.
     pub kernel_args: String,
     /// Write each guest's console to `console.log` in its state directory.
@@ -65,6 +67,7 @@ impl Default for Config {
         Self {
             vcpus: 1,
             memory_mib: 512,
+            boot_timeout: 120,
             kernel_args: String::new(),
             console: false,
             log_level: LogLevel::Info,
@@ -149,6 +152,9 @@ impl Config {
         if config.memory_mib < MIN_MEMORY_MIB {
             return Err(range("memory_mib", config.memory_mib, "32 or more"));
         }
+        if config.boot_timeout == 0 {
+            return Err(range("boot_timeout", 0, "1 or more"));
+        }
         Ok(config)
     }
 
@@ -208,7 +214,9 @@ mod tests {
             error.contains("line 3") && error.contains("`loud`"),
             "{error}"
         );
-        let error = parse("vcpus = 0").unwrap_err();
-        assert!(error.contains("vcpus = 0"), "{error}");
+        for wrong in ["vcpus = 0", "memory_mib = 31", "boot_timeout = 0"] {
+            let error = parse(wrong).unwrap_err();
+            assert!(error.contains(wrong), "{error}");
+        }
     }
 }

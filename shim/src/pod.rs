@@ -35,10 +35,6 @@ use crate::{
     vmm_process::{Notice, VmmError, VmmProcess, VmmSettings},
 };
 
-/// How long a guest may take until its agent connects. Generous, because the host may be emulated;
-/// a guest that cannot boot ends by itself much sooner.
-const BOOT_DEADLINE: Duration = Duration::from_secs(120);
-
 /// How long to wait for the VMM to tell why the agent's connection is gone.
 const EXPLANATION_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -137,9 +133,9 @@ impl Pod {
         });
         let running = pod.clone();
         tokio::spawn(async move {
-            let deadline = Instant::now() + BOOT_DEADLINE;
+            let begun = Instant::now();
             match running.start(settings, &reaper).await {
-                Ok(notices) => running.run(notices, deadline).await,
+                Ok((notices, timeout)) => running.run(notices, begun, timeout).await,
                 Err(error) => running.end(&text::chain(&error)),
             }
         });
@@ -170,12 +166,12 @@ impl Pod {
         }
     }
 
-    /// Builds everything up to a running guest.
+    /// Builds everything up to a running guest. Also returns how long it may take to answer.
     async fn start(
         &self,
         settings: PodSettings,
         reaper: &Reaper,
-    ) -> Result<mpsc::Receiver<Notice>, BootError> {
+    ) -> Result<(mpsc::Receiver<Notice>, Duration), BootError> {
         let config = settings.config?;
         let kvm = open_kvm()?;
         let state =
@@ -211,11 +207,17 @@ impl Pod {
             result => result?,
         }
         self.timeline.reached(Phase::VmmBooted);
-        Ok(notices)
+        let timeout = Duration::from_secs(config.boot_timeout.into());
+        Ok((notices, timeout))
     }
 
-    /// Serves a running VM until its end.
-    async fn run(self: Arc<Self>, mut notices: mpsc::Receiver<Notice>, deadline: Instant) {
+    /// Serves a running VM until its end; `timeout` counts from `begun` to the agent's connection.
+    async fn run(
+        self: Arc<Self>,
+        mut notices: mpsc::Receiver<Notice>,
+        begun: Instant,
+        timeout: Duration,
+    ) {
         loop {
             let booting = matches!(*self.state.borrow(), State::Booting);
             tokio::select! {
@@ -235,10 +237,10 @@ impl Pod {
                     Some(Notice::Ended { reason }) => return self.end(&reason),
                     None => return self.end("the VMM is gone"),
                 },
-                () = sleep_until(deadline), if booting => {
+                () = sleep_until(begun + timeout), if booting => {
                     return self.end(&format!(
-                        "the guest's agent did not answer within {} s",
-                        BOOT_DEADLINE.as_secs()
+                        "the guest's agent did not answer within {} s (boot_timeout)",
+                        timeout.as_secs()
                     ));
                 }
             }

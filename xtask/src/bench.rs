@@ -40,7 +40,7 @@ pub fn run(task: BenchTask) -> Result<i32> {
     let exec = lab.exec([E2E, "bench", name]).limit(LIMIT);
     let result = exec.stream(&mut std::io::stdout(), &mut std::io::stderr());
     if !matches!(result, Ok(0)) {
-        save_logs(&lab);
+        save_logs(&lab, "bench");
     }
     Ok(result?)
 }

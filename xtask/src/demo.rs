@@ -64,7 +64,7 @@ fn in_lab(built: &Built) -> Result<i32> {
     let exec = lab.exec(DEMO).limit(LIMIT);
     let result = exec.stream(&mut std::io::stdout(), &mut std::io::stderr());
     if !matches!(result, Ok(0)) {
-        save_logs(&lab);
+        save_logs(&lab, "demo");
     }
     Ok(result?)
 }

@@ -152,9 +152,9 @@ pub fn load_debian_dev(lab: &Client) -> Result<()> {
 }
 
 /// Saves what explains a failure, after one: the lab's console, containerd's log, and the state of
-/// pods with their guests' consoles.
-pub fn save_logs(lab: &Lab) {
-    let kept = target_dir().join("failed-lab");
+/// pods with their guests' consoles. `what` it ran names the directory.
+pub fn save_logs(lab: &Lab, what: &str) {
+    let kept = target_dir().join("failed-labs").join(what);
     match save_logs_in(lab, &kept) {
         Ok(()) => eprintln!("The lab's logs are in {}", kept.display()),
         Err(error) => eprintln!("The lab's logs could not all be saved: {error:#}"),

@@ -251,7 +251,7 @@ impl FakeAgent {
                     0
                 }
                 // Until a signal comes; an end of the input does nothing.
-                ["sleep"] => {
+                ["sleep", ..] => {
                     if let Some(mut stdin) = stdin {
                         let _ = stdin.read(&mut [0]).await;
                     }
@@ -348,6 +348,10 @@ impl Agent for FakeAgent {
 
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
         let process = self.find(&request.container_id, &request.exec_id)?;
+        if process.arguments == ["sleep", "deaf"] {
+            // A guest that is stuck: no answer ever.
+            std::future::pending::<()>().await;
+        }
         process.exit.send_replace(Some(128 + request.signal));
         for stream in process.streams.iter().flatten() {
             stream.lock().unwrap().take();
