@@ -215,7 +215,8 @@ impl Containerd {
         let bundle = self.bundle(id);
         assert!(!mounts.contains(bundle.to_str().unwrap()), "{mounts}");
         assert!(!self.cgroup(id).exists(), "the cgroup is left");
-        assert!(!path.join("state/test").exists(), "the state is left");
+        let state = path.join(format!("state/test:{id}"));
+        assert!(!state.exists(), "the state is left");
         for process in processes() {
             let command = process.command.replace('\0', " ");
             assert!(

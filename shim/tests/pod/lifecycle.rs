@@ -129,7 +129,7 @@ pub async fn run_to_exit() {
     let timeline = containerd
         .directory
         .path()
-        .join("state/test/c1/timeline.json");
+        .join("state/test:c1/timeline.json");
     let timeline = fs::read_to_string(timeline).unwrap();
     assert!(timeline.contains("container_started"), "{timeline}");
 
