@@ -1,25 +1,18 @@
 //! `cargo xtask test`: everything that is checked before a change goes in.
 
-use std::io::{self, Write};
-use std::path::PathBuf;
-use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
 use bulkhead_lab::{BUILD_LIMIT, Lab, LabOptions, Step, cargo, run_shown};
 
-use crate::build::{self, Built};
-use crate::install;
 use crate::lab::{load_debian_dev, save_logs};
+use crate::{build, install};
 
 /// Where the end-to-end tests' program is in the lab.
 const E2E: &str = "/usr/local/bin/bulkhead-e2e";
 
 /// How long all end-to-end tests may take.
-const E2E_LIMIT: Duration = Duration::from_secs(40 * 60);
-
-/// The test that takes as long as all others; it gets a lab of its own beside theirs.
-const LONG: &str = "tar unpacks 20,000 files";
+const E2E_LIMIT: Duration = Duration::from_secs(60 * 60);
 
 /// Runs all tests, or only the end-to-end tests whose names match `e2e`.
 pub fn run(e2e: Option<&str>) -> Result<i32> {
@@ -27,66 +20,26 @@ pub fn run(e2e: Option<&str>) -> Result<i32> {
     if e2e.is_none() {
         check()?;
     }
-    let suite = Suite {
-        built: build::build()?,
-        program: build::build_e2e()?,
-    };
-    let Some(e2e) = e2e else {
-        return suite.run_all();
-    };
-    suite.run("test", &[e2e], &mut io::stdout(), &mut io::stderr())
-}
-
-/// What is installed in a lab.
-struct Suite {
-    built: Built,
-    program: PathBuf,
-}
-
-impl Suite {
-    /// Runs every test. What the long one says comes at the end.
-    fn run_all(&self) -> Result<i32> {
-        thread::scope(|scope| {
-            let beside = scope.spawn(|| {
-                let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-                let code = self.run("long", &[LONG], &mut stdout, &mut stderr);
-                (code, stdout, stderr)
-            });
-            let arguments = ["--skip", LONG];
-            let code = self.run("test", &arguments, &mut io::stdout(), &mut io::stderr());
-            let (long, stdout, stderr) = beside.join().expect("the long test's thread panicked");
-            io::stdout().write_all(&stdout)?;
-            io::stderr().write_all(&stderr)?;
-            Ok(code?.max(long?))
-        })
+    let built = build::build()?;
+    let program = build::build_e2e()?;
+    let lab = Lab::start(&LabOptions {
+        name: format!("test-{}", std::process::id()),
+        ..LabOptions::default()
+    })?;
+    let step = Step::start("Installing Bulkhead and its tests in the lab");
+    install::install_in_lab(&built, &lab)?;
+    lab.push(&program, E2E)?;
+    step.done();
+    load_debian_dev(&lab)?;
+    let arguments = std::iter::once(E2E).chain(e2e);
+    let result = lab
+        .exec(arguments)
+        .limit(E2E_LIMIT)
+        .stream(&mut std::io::stdout(), &mut std::io::stderr());
+    if !matches!(result, Ok(0)) {
+        save_logs(&lab, "test");
     }
-
-    /// Runs what the arguments select in a new lab; returns the tests' exit code.
-    fn run(
-        &self,
-        name: &str,
-        arguments: &[&str],
-        stdout: &mut dyn Write,
-        stderr: &mut dyn Write,
-    ) -> Result<i32> {
-        let lab = Lab::start(&LabOptions {
-            name: format!("{name}-{}", std::process::id()),
-            ..LabOptions::default()
-        })?;
-        let step = Step::start("Installing Bulkhead and its tests in the lab");
-        install::install_in_lab(&self.built, &lab)?;
-        lab.push(&self.program, E2E)?;
-        step.done();
-        load_debian_dev(&lab)?;
-        let result = lab
-            .exec([E2E].iter().chain(arguments).copied())
-            .limit(E2E_LIMIT)
-            .stream(stdout, stderr);
-        if !matches!(result, Ok(0)) {
-            save_logs(&lab, name);
-        }
-        Ok(result?)
-    }
+    Ok(result?)
 }
 
 /// Format, lints and unit tests, with cargo-nextest where it is installed.
