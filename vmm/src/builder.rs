@@ -14,6 +14,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use thiserror::Error;
+use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
@@ -33,10 +34,11 @@ use crate::{
         ioapic::{self, IoApic},
         uart::Uart,
         virtio::{
-            Device,
+            CALM, Device,
             console::{Console, ConsoleHandler},
             fs::{Fs, FsWorkers},
-            mmio::{self, Transport},
+            mmio::Transport,
+            registers::register,
             rng::{Rng, RngHandler},
             vsock::{Vsock, VsockHandler},
         },
@@ -54,11 +56,12 @@ const FS_TAG: &str = "bulkhead";
 const MAX_FS_THREADS: usize = 4;
 
 /// What KVM on this host must be able to do.
-const NEEDED: [(Cap, &str); 6] = [
+const NEEDED: [(Cap, &str); 7] = [
     (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
@@ -277,6 +280,8 @@ struct Devices<'v> {
     vm: &'v VmFd,
     memory: &'v GuestMemory,
     event_loop: EventLoopBuilder,
+    /// Takes acknowledgements of interrupts, which nobody waits for.
+    acknowledged: EventFd,
     registers: Vec<Arc<dyn MmioDevice>>,
     stats: Vec<(&'static str, Arc<DeviceStats>)>,
 }
@@ -287,6 +292,7 @@ impl<'v> Devices<'v> {
             vm,
             memory,
             event_loop: EventLoopBuilder::new()?,
+            acknowledged: EventFd::new(EFD_NONBLOCK).map_err(BuildError::EventFd)?,
             registers: Vec::new(),
             stats: Vec::new(),
         })
@@ -338,7 +344,8 @@ impl<'v> Devices<'v> {
     }
 
     /// Connects a device with KVM: a notification of the guest becomes an event for the device
-    /// without waking its vCPU's thread, and an event of the device an interrupt.
+    /// without waking its vCPU's thread, and an event of the device an interrupt. Nor does the
+    /// vCPU's thread wake when the guest reads registers and acknowledges the interrupt.
     fn add<D: Device + 'static>(
         &mut self,
         name: &'static str,
@@ -349,14 +356,20 @@ impl<'v> Devices<'v> {
         let (address, irq) = place(self.count());
         // With neither length nor value to compare, KVM need not decode the guest's instruction
         // where it has a fast path. The device looks at all of its few queues.
-        let notify = IoEventAddress::Mmio(address + mmio::QUEUE_NOTIFY);
+        let notify = IoEventAddress::Mmio(address + register::QUEUE_NOTIFY);
         self.vm
             .register_ioevent(&kick, &notify, NoDatamatch)
+            .map_err(failed("register an ioeventfd"))?;
+        let acknowledge = IoEventAddress::Mmio(address + register::INTERRUPT_ACK);
+        self.vm
+            .register_ioevent(&self.acknowledged, &acknowledge, CALM)
             .map_err(failed("register an ioeventfd"))?;
         self.vm
             .register_irqfd(&interrupt, irq)
             .map_err(failed("register an irqfd"))?;
         let transport = Arc::new(Transport::new(device, self.memory.clone(), kick, interrupt));
+        let slot = u32::try_from(self.memory.num_regions() + self.count()).unwrap_or(u32::MAX);
+        memory::register_readable(self.vm, slot, address, &transport.registers)?;
         self.registers.push(transport.clone());
         self.stats.push((name, transport.stats.clone()));
         Ok(transport)

@@ -13,8 +13,8 @@ const IOAPIC_SIZE: u64 = 0x1000;
 /// A device with registers in memory. Called on vCPU threads, so it must not wait for the outside.
 pub trait MmioDevice: Send + Sync {
     /// The guest reads `data.len()` bytes at `offset` of the device. What is not written to `data`
-    /// reads as zero.
-    fn read(&self, offset: u64, data: &mut [u8]);
+    /// reads as zero. A device that the guest reads without an exit is never asked.
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
     /// The guest writes `data` at `offset` of the device.
     fn write(&self, offset: u64, data: &[u8]);
 }

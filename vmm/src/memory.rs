@@ -2,7 +2,7 @@
 
 use std::io;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 use vm_memory::{
@@ -10,7 +10,10 @@ use vm_memory::{
     mmap::{MmapRegion, MmapRegionBuilder},
 };
 
-use crate::arch::layout::{HIGH_MEMORY_START, MMIO_HOLE_START};
+use crate::{
+    arch::layout::{HIGH_MEMORY_START, MMIO_HOLE_START},
+    devices::virtio::registers::Registers,
+};
 
 /// All memory of a guest.
 pub type GuestMemory = GuestMemoryMmap<()>;
@@ -102,26 +105,55 @@ pub fn ranges(bytes: u64) -> Vec<(u64, u64)> {
 /// that owns both sees to it.
 pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), MemoryError> {
     for (slot, region) in (0..).zip(memory.iter()) {
-        let address = region.start_addr().raw_value();
-        let size = region.len();
-        let kvm_region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: address,
-            memory_size: size,
-            userspace_addr: region.as_ptr().addr() as u64,
-        };
         // SAFETY: the region is a live mapping of exactly this size, regions do not overlap, each
         // has a slot of its own, and the mapping is dropped after the VM.
-        unsafe { vm.set_user_memory_region(kvm_region) }.map_err(|error| {
-            MemoryError::Register {
-                address,
-                size,
-                source: error.into(),
-            }
-        })?;
+        unsafe {
+            set_region(
+                vm,
+                kvm_userspace_memory_region {
+                    slot,
+                    flags: 0,
+                    guest_phys_addr: region.start_addr().raw_value(),
+                    memory_size: region.len(),
+                    userspace_addr: region.as_ptr().addr() as u64,
+                },
+            )
+        }?;
     }
     Ok(())
+}
+
+/// Lets the guest read a device's registers at `address`, in a slot that nothing else uses; its
+/// writes stay exits. `registers` must outlive every `KVM_RUN` of `vm`: vCPUs hold the bus, and
+/// the bus holds its devices.
+pub fn register_readable(
+    vm: &VmFd,
+    slot: u32,
+    address: u64,
+    registers: &Registers,
+) -> Result<(), MemoryError> {
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags: KVM_MEM_READONLY,
+        guest_phys_addr: address,
+        memory_size: Registers::SIZE,
+        userspace_addr: registers.address(),
+    };
+    // SAFETY: a page of this process that holds only atomics, which the guest cannot write; it lies
+    // in the MMIO hole, where no memory of the guest is, and lives as long as said above.
+    unsafe { set_region(vm, region) }
+}
+
+/// # Safety
+///
+/// As for [`VmFd::set_user_memory_region`].
+unsafe fn set_region(vm: &VmFd, region: kvm_userspace_memory_region) -> Result<(), MemoryError> {
+    // SAFETY: the caller has seen to it.
+    unsafe { vm.set_user_memory_region(region) }.map_err(|error| MemoryError::Register {
+        address: region.guest_phys_addr,
+        size: region.memory_size,
+        source: error.into(),
+    })
 }
 
 #[cfg(test)]

@@ -1,5 +1,8 @@
 //! The MMIO transport (section 4.2): registers, feature negotiation, device status and queue
 //! set-up.
+//!
+//! Writes leave the guest and come here; what can be read lies ready in a page of
+//! [`Registers`], which is brought up to date before the writer goes on.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -12,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{
     Device, Interrupt, Work,
     queue::{self, QueueError, QueueState},
+    registers::{Registers, register},
 };
 use crate::{bus::MmioDevice, counters::DeviceStats, memory::GuestMemory};
 
@@ -22,38 +26,6 @@ const VENDOR: u32 = u32::from_le_bytes(*b"BLKH");
 const FEATURE_EVENT_IDX: u64 = 1 << 29;
 const FEATURE_INDIRECT_DESC: u64 = 1 << 28;
 const FEATURE_VERSION_1: u64 = 1 << 32;
-
-/// Register offsets (section 4.2.2).
-mod register {
-    pub const MAGIC: u64 = 0x00;
-    pub const VERSION: u64 = 0x04;
-    pub const DEVICE_ID: u64 = 0x08;
-    pub const VENDOR_ID: u64 = 0x0c;
-    pub const DEVICE_FEATURES: u64 = 0x10;
-    pub const DEVICE_FEATURES_SEL: u64 = 0x14;
-    pub const DRIVER_FEATURES: u64 = 0x20;
-    pub const DRIVER_FEATURES_SEL: u64 = 0x24;
-    pub const QUEUE_SEL: u64 = 0x30;
-    pub const QUEUE_NUM_MAX: u64 = 0x34;
-    pub const QUEUE_NUM: u64 = 0x38;
-    pub const QUEUE_READY: u64 = 0x44;
-    pub const QUEUE_NOTIFY: u64 = 0x50;
-    pub const INTERRUPT_STATUS: u64 = 0x60;
-    pub const INTERRUPT_ACK: u64 = 0x64;
-    pub const STATUS: u64 = 0x70;
-    pub const QUEUE_DESC_LOW: u64 = 0x80;
-    pub const QUEUE_DESC_HIGH: u64 = 0x84;
-    pub const QUEUE_DRIVER_LOW: u64 = 0x90;
-    pub const QUEUE_DRIVER_HIGH: u64 = 0x94;
-    pub const QUEUE_DEVICE_LOW: u64 = 0xa0;
-    pub const QUEUE_DEVICE_HIGH: u64 = 0xa4;
-    pub const SHM_LEN_LOW: u64 = 0xb0;
-    pub const SHM_BASE_HIGH: u64 = 0xbc;
-    pub const CONFIG: u64 = 0x100;
-}
-
-/// Offset of the register that the guest notifies a device by; it is connected with an ioeventfd.
-pub const QUEUE_NOTIFY: u64 = register::QUEUE_NOTIFY;
 
 bitflags! {
     /// Device status (section 2.1).
@@ -97,7 +69,7 @@ pub struct TransportState {
     device_features_sel: u32,
     driver_features_sel: u32,
     queue_sel: u32,
-    interrupt_status: u32,
+    config_changed: bool,
     queues: Vec<QueueState>,
 }
 
@@ -109,6 +81,7 @@ pub struct Inner<D> {
     pub queues: Vec<Queue>,
     /// Chains that are worked on without the lock; a reset waits for them.
     pub in_flight: usize,
+    resetting: usize,
     status: Status,
     driver_features: u64,
     device_features_sel: u32,
@@ -131,6 +104,8 @@ impl<D> Inner<D> {
 /// A device in the guest's memory.
 pub struct Transport<D> {
     inner: Mutex<Inner<D>>,
+    /// What the guest reads.
+    pub registers: Arc<Registers>,
     idle: Condvar,
     /// Guest memory.
     pub memory: GuestMemory,
@@ -146,24 +121,45 @@ impl<D: Device> Transport<D> {
     /// A device after power-on.
     pub fn new(device: D, memory: GuestMemory, kick: EventFd, interrupt: EventFd) -> Self {
         let stats = Arc::new(DeviceStats::default());
+        let registers = Arc::new(Registers::default());
+        for (offset, value) in [
+            (register::MAGIC, MAGIC),
+            (register::VERSION, VERSION),
+            (register::DEVICE_ID, device.id()),
+            (register::VENDOR_ID, VENDOR),
+            // All ones is the length of a shared memory region that does not exist.
+            (register::SHM_LEN_LOW, u32::MAX),
+            (register::SHM_LEN_HIGH, u32::MAX),
+            (register::SHM_BASE_LOW, u32::MAX),
+            (register::SHM_BASE_HIGH, u32::MAX),
+        ] {
+            registers.set(offset, value);
+        }
+        registers.set_config(device.config());
         let queues = device.queue_sizes().iter().map(|size| new_queue(*size));
-        Self {
-            inner: Mutex::new(Inner {
-                queues: queues.collect(),
-                device,
-                in_flight: 0,
-                status: Status::empty(),
-                driver_features: 0,
-                device_features_sel: 0,
-                driver_features_sel: 0,
-                queue_sel: 0,
-            }),
+        let inner = Inner {
+            queues: queues.collect(),
+            device,
+            in_flight: 0,
+            resetting: 0,
+            status: Status::empty(),
+            driver_features: 0,
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            queue_sel: 0,
+        };
+        let interrupt = Interrupt::new(interrupt, registers.clone(), stats.clone());
+        let transport = Self {
+            inner: Mutex::new(inner),
+            registers,
             idle: Condvar::new(),
             memory,
             kick,
-            interrupt: Interrupt::new(interrupt, stats.clone()),
+            interrupt,
             stats,
-        }
+        };
+        transport.publish(&mut transport.lock());
+        transport
     }
 
     /// Takes the lock.
@@ -187,13 +183,26 @@ impl<D: Device> Transport<D> {
     /// Stops the device after the driver broke the rules (section 2.1.2).
     pub fn stop(&self, inner: &mut Inner<D>) {
         inner.status |= Status::NEEDS_RESET;
+        self.publish(inner);
         self.interrupt.config_changed();
+    }
+
+    /// Shows the guest the registers that change.
+    fn publish(&self, inner: &mut Inner<D>) {
+        let features = half(features(&inner.device), inner.device_features_sel);
+        let (max_size, ready) = inner
+            .queue()
+            .map_or((0, false), |queue| (queue.max_size(), queue.ready()));
+        self.registers.set(register::DEVICE_FEATURES, features);
+        self.registers.set(register::QUEUE_NUM_MAX, max_size.into());
+        self.registers.set(register::QUEUE_READY, ready.into());
+        self.registers.set(register::STATUS, inner.status.bits());
     }
 
     /// A chain that was worked on without the lock is done.
     pub fn settle(&self, inner: &mut Inner<D>) {
         inner.in_flight -= 1;
-        if inner.in_flight == 0 {
+        if inner.in_flight == 0 && inner.resetting > 0 {
             self.idle.notify_all();
         }
     }
@@ -207,7 +216,7 @@ impl<D: Device> Transport<D> {
             device_features_sel: inner.device_features_sel,
             driver_features_sel: inner.driver_features_sel,
             queue_sel: inner.queue_sel,
-            interrupt_status: self.interrupt.status(),
+            config_changed: self.interrupt.is_config_changed(),
             queues: inner.queues.iter().map(queue::save).collect(),
         }
     }
@@ -237,30 +246,9 @@ impl<D: Device> Transport<D> {
         inner.device_features_sel = state.device_features_sel;
         inner.driver_features_sel = state.driver_features_sel;
         inner.queue_sel = state.queue_sel;
-        self.interrupt.set_status(state.interrupt_status);
+        self.interrupt.set_config_changed(state.config_changed);
+        self.publish(&mut inner);
         Ok(())
-    }
-
-    fn read_register(&self, offset: u64) -> u32 {
-        // The interrupt handler's register: no lock, whatever a device is busy with.
-        if offset == register::INTERRUPT_STATUS {
-            return self.interrupt.status();
-        }
-        let mut inner = self.lock();
-        match offset {
-            register::MAGIC => MAGIC,
-            register::VERSION => VERSION,
-            register::DEVICE_ID => inner.device.id(),
-            register::VENDOR_ID => VENDOR,
-            register::DEVICE_FEATURES => half(features(&inner.device), inner.device_features_sel),
-            register::QUEUE_NUM_MAX => inner.queue().map_or(0, |queue| queue.max_size().into()),
-            register::QUEUE_READY => inner.queue().map_or(0, |queue| queue.ready().into()),
-            register::STATUS => inner.status.bits(),
-            // All ones is the length of a shared memory region that does not exist.
-            register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
-            // Among the others is the generation of the configuration, which never changes.
-            _ => 0,
-        }
     }
 
     fn write_register(&self, offset: u64, value: u32) {
@@ -274,27 +262,35 @@ impl<D: Device> Transport<D> {
             register::DRIVER_FEATURES_SEL => inner.driver_features_sel = value,
             register::DRIVER_FEATURES => accept_features(&mut inner, value),
             register::QUEUE_SEL => inner.queue_sel = value,
-            register::STATUS => self.set_status(inner, value),
+            register::STATUS => inner = self.set_status(inner, value),
             _ => self.configure_queue(&mut inner, offset, value),
         }
+        self.publish(&mut inner);
     }
 
-    fn set_status(&self, mut inner: MutexGuard<'_, Inner<D>>, value: u32) {
+    /// Returns the lock, which it gives up while it waits for chains in flight.
+    fn set_status<'l>(
+        &self,
+        mut inner: MutexGuard<'l, Inner<D>>,
+        value: u32,
+    ) -> MutexGuard<'l, Inner<D>> {
         if value == 0 {
+            inner.resetting += 1;
             while inner.in_flight > 0 {
                 inner = self
                     .idle
                     .wait(inner)
                     .unwrap_or_else(PoisonError::into_inner);
             }
+            inner.resetting -= 1;
             self.reset(&mut inner);
-            return;
+            return inner;
         }
         let old = inner.status;
         let new = Status::from_bits_truncate(value) | (old & Status::NEEDS_RESET);
         // The driver can take no bit back (section 2.1.1).
         if !new.contains(old) {
-            return;
+            return inner;
         }
         let added = new - old;
         inner.status = new;
@@ -311,6 +307,7 @@ impl<D: Device> Transport<D> {
                 self.stop(&mut inner);
             }
         }
+        inner
     }
 
     fn reset(&self, inner: &mut Inner<D>) {
@@ -321,7 +318,7 @@ impl<D: Device> Transport<D> {
         inner.device_features_sel = 0;
         inner.driver_features_sel = 0;
         inner.queue_sel = 0;
-        self.interrupt.set_status(0);
+        self.interrupt.set_config_changed(false);
     }
 
     /// Writes one of the selected queue's registers, which the driver may do between agreeing on
@@ -359,19 +356,6 @@ impl<D: Device> Transport<D> {
 }
 
 impl<D: Device> MmioDevice for Transport<D> {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        if let Some(offset) = offset.checked_sub(register::CONFIG) {
-            let inner = self.lock();
-            let config = inner.device.config();
-            let start = usize::try_from(offset).unwrap_or(usize::MAX);
-            for (byte, value) in data.iter_mut().zip(config.iter().skip(start)) {
-                *byte = *value;
-            }
-        } else if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
-            *data = self.read_register(offset).to_le_bytes();
-        }
-    }
-
     fn write(&self, offset: u64, data: &[u8]) {
         // No device of ours has a configuration that the driver can write.
         if offset < register::CONFIG

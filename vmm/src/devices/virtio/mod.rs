@@ -1,24 +1,25 @@
 //! Virtio devices (Virtual I/O Device Version 1.2, OASIS) behind memory-mapped registers.
 //!
 //! A [`mmio::Transport`] owns a device and its queues behind one lock. vCPU threads take it for
-//! accesses to registers, which happen while the guest's driver starts, and the device's own thread
+//! writes to registers, which happen while the guest's driver starts, and the device's own thread
 //! takes it to work. The two registers of the interrupt path need no lock.
 
 pub mod console;
 pub mod fs;
 pub mod mmio;
 pub mod queue;
+pub mod registers;
 pub mod rng;
 pub mod vsock;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
-};
+use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use self::queue::QueueError;
+use self::{
+    queue::QueueError,
+    registers::{Registers, register},
+};
 use super::event_loop;
 use crate::counters::DeviceStats;
 
@@ -40,22 +41,35 @@ pub trait Device: Send {
     fn reset(&mut self) {}
 }
 
+/// Interrupt status: look into the queues.
 const USED_BUFFER: u32 = 1;
+/// Interrupt status: look at the device's status.
 const CONFIG_CHANGED: u32 = 2;
+/// Interrupt status: there is no need to acknowledge. No bit of the specification; our guest kernel
+/// knows it, others acknowledge it with the rest.
+const NO_ACK: u32 = 1 << 31;
+
+/// The interrupt status while the configuration has not changed.
+///
+/// It always says that a queue has used buffers, because the driver is interrupted for hardly
+/// anything else and finds out by itself. So neither reading nor acknowledging it has to reach the
+/// device.
+pub const CALM: u32 = USED_BUFFER | NO_ACK;
 
 /// The way from a device to the guest: the interrupt status register and an irqfd.
 #[derive(Debug)]
 pub struct Interrupt {
-    status: AtomicU32,
+    registers: Arc<Registers>,
     event: EventFd,
     stats: Arc<DeviceStats>,
 }
 
 impl Interrupt {
     /// An interrupt that is sent by writing to `event`.
-    pub fn new(event: EventFd, stats: Arc<DeviceStats>) -> Self {
+    pub fn new(event: EventFd, registers: Arc<Registers>, stats: Arc<DeviceStats>) -> Self {
+        registers.set(register::INTERRUPT_STATUS, CALM);
         Self {
-            status: AtomicU32::new(0),
+            registers,
             event,
             stats,
         }
@@ -68,30 +82,33 @@ impl Interrupt {
 
     /// Tells the driver that a queue has used buffers.
     pub fn used_buffer(&self) {
-        self.send(USED_BUFFER);
-    }
-
-    /// Tells the driver to read the device's status again.
-    pub fn config_changed(&self) {
-        self.send(CONFIG_CHANGED);
-    }
-
-    fn send(&self, reason: u32) {
-        self.status.fetch_or(reason, Ordering::SeqCst);
         self.stats.interrupted();
         event_loop::signal(&self.event);
     }
 
-    fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
+    /// Tells the driver to read the device's status again.
+    pub fn config_changed(&self) {
+        self.set_config_changed(true);
+        self.used_buffer();
+    }
+
+    fn is_config_changed(&self) -> bool {
+        self.registers.get(register::INTERRUPT_STATUS) != CALM
     }
 
     fn acknowledge(&self, reasons: u32) {
-        self.status.fetch_and(!reasons, Ordering::SeqCst);
+        if reasons & CONFIG_CHANGED != 0 {
+            self.set_config_changed(false);
+        }
     }
 
-    fn set_status(&self, status: u32) {
-        self.status.store(status, Ordering::SeqCst);
+    fn set_config_changed(&self, changed: bool) {
+        let status = if changed {
+            USED_BUFFER | CONFIG_CHANGED
+        } else {
+            CALM
+        };
+        self.registers.set(register::INTERRUPT_STATUS, status);
     }
 }
 
