@@ -40,6 +40,10 @@ const TOOL_PACKAGES: [&str; 10] = [
 const PATCH: &str = concat!(
     include_str!("../patches/return-sites.patch"),
     include_str!("../patches/fuse-submount-acl.patch"),
+    include_str!("../patches/fuse-directory-changed.patch"),
+    include_str!("../patches/fuse-no-capabilities.patch"),
+    include_str!("../patches/fuse-exclusive-create.patch"),
+    include_str!("../patches/virtio-mmio-no-ack.patch"),
 );
 
 /// Variables for make. Who built the kernel, where and when is fixed: the image depends on its
