@@ -243,11 +243,12 @@ async fn a_terminal_works() {
 #[tokio::test]
 async fn other_processes_join_a_container() {
     let host = Host::start().await;
-    let ends = host
-        .create("c1", &spec("echo > /marker; sleep 1000"))
+    let mut ends = host
+        .create("c1", &spec("echo > /marker; echo ready; sleep 1000"))
         .await
         .unwrap();
     host.start_container("c1").await.unwrap();
+    ends.expect("ready\n").await;
     let mut exec = spec("ls /marker; id -u; grep ^0: /proc/self/cgroup; exit 7")["process"].clone();
     exec["user"] = json!({"uid": 1000, "gid": 1000});
     let joined = host.exec("c1", "e1", &exec).await.unwrap();
