@@ -129,11 +129,15 @@ pub fn no_new_privileges(process: &Process) -> Result<(), StageError> {
     Ok(())
 }
 
-/// Rust programs ignore SIGPIPE, and an ignored signal stays ignored over an execve.
+/// An ignored signal stays ignored over an execve: SIGPIPE, as in every Rust program, and whatever
+/// else was ignored when the agent was started.
 pub fn default_signals() -> Result<(), StageError> {
     let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    // SAFETY: the default action replaces a handler; no code of ours runs in it.
-    unsafe { sigaction(Signal::SIGPIPE, &default) }.map_err(StageError::system("reset SIGPIPE"))?;
+    let fixed = [Signal::SIGKILL, Signal::SIGSTOP];
+    for signal in Signal::iterator().filter(|signal| !fixed.contains(signal)) {
+        // SAFETY: the default action replaces a handler; no code of ours runs in it.
+        unsafe { sigaction(signal, &default) }.map_err(StageError::system("reset a signal"))?;
+    }
     SigSet::empty()
         .thread_set_mask()
         .map_err(StageError::system("unblock all signals"))
