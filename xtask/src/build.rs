@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use bulkhead_lab::{
-    BUILD_LIMIT, Cache, Step, TARGET, cargo, install_host_packages, run_shown, static_build,
-    static_dir, target_dir,
+    BUILD_LIMIT, Cache, Step, cargo, install_host_packages, run_shown, static_build, static_dir,
+    target_dir,
 };
 use bulkhead_rootfs_builder::{INITRAMFS, VMLINUX, build_initramfs, write_manifest};
 
@@ -30,21 +30,13 @@ pub fn install_packages() -> Result<()> {
 pub fn build() -> Result<Built> {
     install_packages()?;
 
-    let step = Step::announce("Building the shim and the VMM");
-    let mut host = cargo();
-    host.args(["build", "--release", "--target", TARGET]).args([
-        "--package",
-        "bulkhead-shim",
-        "--package",
-        "bulkhead-vmm",
-    ]);
-    run_shown(&mut host, BUILD_LIMIT)?;
-    step.done();
-
-    let step = Step::announce("Building the guest's agent");
-    let mut agent = cargo();
-    agent.args(["build", "--release", "--package", "bulkhead-agent"]);
-    run_shown(static_build(&mut agent), BUILD_LIMIT)?;
+    let step = Step::announce("Building the shim, the VMM and the agent");
+    let mut programs = cargo();
+    programs.args(["build", "--release"]);
+    for package in ["bulkhead-shim", "bulkhead-vmm", "bulkhead-agent"] {
+        programs.args(["--package", package]);
+    }
+    run_shown(static_build(&mut programs), BUILD_LIMIT)?;
     step.done();
 
     let step = Step::announce("Preparing the guest's kernel");
@@ -57,24 +49,18 @@ pub fn build() -> Result<Built> {
     let vmlinux = guest.join(VMLINUX);
     fs::copy(&kernel.vmlinux, &vmlinux)
         .with_context(|| format!("copy {} to {}", kernel.vmlinux.display(), vmlinux.display()))?;
-    build_initramfs(
-        &static_dir().join("release/bulkhead-agent"),
-        &guest.join(INITRAMFS),
-    )?;
+    let programs = static_dir().join("release");
+    build_initramfs(&programs.join("bulkhead-agent"), &guest.join(INITRAMFS))?;
     write_manifest(&guest, &kernel.release)?;
-    Ok(Built {
-        programs: target_dir().join(TARGET).join("release"),
-        guest,
-    })
+    Ok(Built { programs, guest })
 }
 
 /// Builds the end-to-end tests' program, which runs inside a lab.
 pub fn build_e2e() -> Result<PathBuf> {
     let step = Step::announce("Building the end-to-end tests");
     let mut e2e = cargo();
-    e2e.args(["build", "--profile", "lab", "--target", TARGET])
-        .args(["--package", "bulkhead-e2e"]);
-    run_shown(&mut e2e, BUILD_LIMIT)?;
+    e2e.args(["build", "--profile", "lab", "--package", "bulkhead-e2e"]);
+    run_shown(static_build(&mut e2e), BUILD_LIMIT)?;
     step.done();
-    Ok(target_dir().join(TARGET).join("lab/bulkhead-e2e"))
+    Ok(static_dir().join("lab/bulkhead-e2e"))
 }

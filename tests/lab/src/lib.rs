@@ -36,6 +36,5 @@ pub use image::{busybox_archive, debian_dev_archive};
 pub use lab::{Lab, LabOptions, LabState, serve};
 pub use step::Step;
 pub use tools::{
-    BUILD_LIMIT, TARGET, cargo, install_host_packages, static_build, static_dir, target_dir,
-    workspace,
+    BUILD_LIMIT, cargo, install_host_packages, static_build, static_dir, target_dir, workspace,
 };

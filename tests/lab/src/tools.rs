@@ -27,7 +27,7 @@ const APT_LIMIT: Duration = Duration::from_secs(20 * 60);
 pub const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// The target of everything that is shipped.
-pub const TARGET: &str = "x86_64-unknown-linux-gnu";
+const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The keys that sign Debian 13, by which the keyring package is known to be new enough; Debian 12
 /// and 13 name their files differently.
