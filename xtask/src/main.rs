@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod demo;
+mod fuzz;
 mod host;
 mod install;
 mod lab;
@@ -39,6 +40,8 @@ enum Task {
         #[arg(long, default_value = "/")]
         root: PathBuf,
     },
+    /// Fuzz what a hostile guest can send, one target after the other.
+    Fuzz(fuzz::FuzzOptions),
     /// Measure.
     #[command(subcommand)]
     Bench(bench::BenchTask),
@@ -53,6 +56,7 @@ fn main() {
         Task::Test { e2e } => test::run(e2e.as_deref()),
         Task::Build => build::build().map(|_| 0),
         Task::Install { root } => install::run(&root),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Bench(task) => bench::run(task),
         Task::Lab(task) => lab::run(task),
     };

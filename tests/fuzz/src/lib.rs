@@ -1,0 +1,156 @@
+//! A driver that keeps to no rules, for the devices of the VMM.
+
+use std::sync::Arc;
+
+use arbitrary::Arbitrary;
+use bulkhead_vmm::{
+    bus::MmioDevice,
+    devices::virtio::{Device, mmio::Transport},
+    memory::{self, GuestMemory},
+};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Where the first queue lies in guest memory; each has a page of its own.
+const RINGS: u64 = 0x1000;
+const DRIVER_RING: u64 = 0x400;
+const DEVICE_RING: u64 = 0x800;
+const QUEUE_SIZE: u16 = 8;
+
+const DESCRIPTOR_NEXT: u16 = 1;
+const DESCRIPTOR_WRITE: u16 = 2;
+
+/// One thing that a driver can do.
+#[derive(Debug, Arbitrary)]
+pub enum Step {
+    /// Writes to a register, with one to eight bytes.
+    Register { offset: u16, value: u64, length: u8 },
+    /// Writes anywhere into memory, the rings included.
+    Memory { address: u16, bytes: [u8; 8] },
+    /// Makes a chain of buffers available, with something in the first one.
+    Send {
+        queue: u8,
+        buffers: Vec<Buffer>,
+        content: Vec<u8>,
+    },
+    /// Lets the device look.
+    Kick,
+    /// An event that only this device knows.
+    Event { token: u8, events: u8 },
+}
+
+/// A buffer of a chain.
+#[derive(Debug, Arbitrary)]
+pub struct Buffer {
+    address: u16,
+    length: u16,
+    writable: bool,
+    /// The address is far outside memory.
+    wild: bool,
+}
+
+/// A device and its driver's memory.
+pub struct Rig<D> {
+    /// The device.
+    pub transport: Arc<Transport<D>>,
+    memory: GuestMemory,
+    available: [u16; 4],
+}
+
+impl<D: Device> Rig<D> {
+    /// A device that a driver has started as it should.
+    pub fn start(device: D) -> Self {
+        let memory = memory::allocate(1).expect("a MiB of memory");
+        let event = || EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        let queues = (0..).zip(device.queue_sizes()).map(|(index, _)| index);
+        let queues: Vec<u32> = queues.collect();
+        let transport = Transport::new(device, memory.clone(), event(), event());
+        let write = |offset: u64, value: u32| transport.write(offset, &value.to_le_bytes());
+        for status in [1, 3] {
+            write(0x70, status);
+        }
+        // VIRTIO_F_VERSION_1 and VIRTIO_F_EVENT_IDX.
+        for (selector, features) in [(0, 1 << 29), (1, 1)] {
+            write(0x24, selector);
+            write(0x20, features);
+        }
+        write(0x70, 11);
+        for index in queues {
+            let base = u32::try_from(RINGS).unwrap_or(0) * (index + 1);
+            for (offset, value) in [
+                (0x30, index),
+                (0x38, QUEUE_SIZE.into()),
+                (0x80, base),
+                (0x90, base + 0x400),
+                (0xa0, base + 0x800),
+                (0x44, 1),
+            ] {
+                write(offset, value);
+            }
+        }
+        write(0x70, 15);
+        Self {
+            transport: Arc::new(transport),
+            memory,
+            available: [0; 4],
+        }
+    }
+
+    /// Does what is no event of the device.
+    pub fn step(&mut self, step: &Step) {
+        match step {
+            Step::Register {
+                offset,
+                value,
+                length,
+            } => {
+                let bytes = value.to_le_bytes();
+                let length = usize::from(length % 8) + 1;
+                self.transport
+                    .write(u64::from(*offset) & 0xfff, &bytes[..length]);
+            }
+            Step::Memory { address, bytes } => self.poke((*address).into(), bytes),
+            Step::Send {
+                queue,
+                buffers,
+                content,
+            } => self.send((*queue % 4).into(), buffers, content),
+            Step::Kick | Step::Event { .. } => {}
+        }
+    }
+
+    fn send(&mut self, queue: usize, buffers: &[Buffer], content: &[u8]) {
+        let base = RINGS * (queue as u64 + 1);
+        if let Some(first) = buffers.first() {
+            self.poke(first.address.into(), content);
+        }
+        let count = buffers.len().min(QUEUE_SIZE.into());
+        for (index, buffer) in (0u16..).zip(&buffers[..count]) {
+            let wild = if buffer.wild { u64::MAX << 20 } else { 0 };
+            let next = if usize::from(index) + 1 < count {
+                DESCRIPTOR_NEXT
+            } else {
+                0
+            };
+            let write = if buffer.writable { DESCRIPTOR_WRITE } else { 0 };
+            let mut bytes = Vec::with_capacity(16);
+            bytes.extend((u64::from(buffer.address) | wild).to_le_bytes());
+            bytes.extend(u32::from(buffer.length).to_le_bytes());
+            bytes.extend((next | write).to_le_bytes());
+            bytes.extend((index + 1).to_le_bytes());
+            self.poke(base + u64::from(index) * 16, &bytes);
+        }
+        let slot = u64::from(self.available[queue] % QUEUE_SIZE);
+        self.available[queue] = self.available[queue].wrapping_add(1);
+        let ring = base + DRIVER_RING;
+        self.poke(ring + 4 + slot * 2, &[0, 0]);
+        self.poke(ring + 2, &self.available[queue].to_le_bytes());
+        // The device's event index: always wants an interrupt.
+        self.poke(base + DEVICE_RING, &[0, 0]);
+    }
+
+    fn poke(&self, address: u64, bytes: &[u8]) {
+        // What does not fit is cut off at the end of memory.
+        let _ = self.memory.write(bytes, GuestAddress(address));
+    }
+}
