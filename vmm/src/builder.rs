@@ -354,8 +354,7 @@ impl<'v> Devices<'v> {
         let event = || EventFd::new(EFD_NONBLOCK).map_err(BuildError::EventFd);
         let (kick, interrupt) = (event()?, event()?);
         let (address, irq) = place(self.count());
-        // With neither length nor value to compare, KVM need not decode the guest's instruction
-        // where it has a fast path. The device looks at all of its few queues.
+        // Any value: the device looks at all of its few queues.
         let notify = IoEventAddress::Mmio(address + register::QUEUE_NOTIFY);
         self.vm
             .register_ioevent(&kick, &notify, NoDatamatch)

@@ -1,12 +1,15 @@
 //! `cargo xtask fuzz`: every target for a while, and a table of what came of it.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
-use bulkhead_lab::{target_dir, workspace};
+use anyhow::{Context, Result, bail};
+use bulkhead_lab::{
+    BUILD_LIMIT, Step, cargo, install_host_packages, run_logged, run_shown, target_dir, workspace,
+};
 use clap::Args;
 use comfy_table::{Table, presets::ASCII_MARKDOWN};
 
@@ -81,58 +84,60 @@ fn targets() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Where cargo-fuzz is. It is installed for this project when it is missing.
+/// Where cargo-fuzz is. It is installed for this project when it is missing, with the compiler that
+/// libFuzzer needs.
 fn cargo_fuzz() -> Result<PathBuf> {
-    let installed = Command::new(CARGO_FUZZ)
-        .arg("--version")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
-    if installed.is_ok_and(|status| status.success()) {
-        return Ok(CARGO_FUZZ.into());
-    }
-    let root = target_dir().join("tools");
-    let tool = root.join("bin").join(CARGO_FUZZ);
+    install_host_packages(&["g++"])?;
+    let tool = target_dir().join("tools/bin").join(CARGO_FUZZ);
     if !tool.exists() {
-        eprintln!("==> Installing {CARGO_FUZZ}");
-        let status = Command::new(env!("CARGO"))
+        let step = Step::start("Installing cargo-fuzz");
+        let mut install = cargo();
+        install
             .args(["install", "--locked", "--quiet", CARGO_FUZZ, "--root"])
-            .arg(&root)
-            .status()
-            .context("cannot run cargo")?;
-        ensure!(status.success(), "cannot install {CARGO_FUZZ}: {status}");
+            .arg(target_dir().join("tools"));
+        run_logged(&mut install, BUILD_LIMIT)?;
+        step.done();
     }
     Ok(tool)
 }
 
-/// Runs one target. Coverage needs no sanitizer, and so no nightly compiler.
+/// Builds and runs one target. Coverage needs no sanitizer, and so no nightly compiler.
 fn fuzz(tool: &Path, target: &str, seconds: u32) -> Result<Outcome> {
-    eprintln!("==> Fuzzing {target} for {seconds} s");
     let corpus = target_dir().join("fuzz-corpus").join(target);
     fs::create_dir_all(&corpus).with_context(|| format!("cannot create {}", corpus.display()))?;
-    let mut child = Command::new(tool)
-        .args(["run", "--sanitizer", "none", "--fuzz-dir"])
-        .arg(directory())
-        .arg("--target-dir")
-        .arg(target_dir().join("fuzz"))
-        .arg(target)
+    let arguments = |action: &'static str| {
+        let mut arguments: Vec<OsString> = vec![action.into()];
+        arguments.extend(["--sanitizer", "none", "--fuzz-dir"].map(OsString::from));
+        arguments.extend([directory().into(), "--target-dir".into()]);
+        arguments.extend([target_dir().join("fuzz").into(), target.into()]);
+        arguments
+    };
+    let step = Step::announce(format!("Fuzzing {target} for {seconds} s"));
+    let mut build = Command::new(tool);
+    build.args(arguments("build")).current_dir(workspace());
+    run_shown(&mut build, BUILD_LIMIT)?;
+
+    // libFuzzer ends by itself; timeout(1) ends one that does not.
+    let limit = u64::from(seconds) + BUILD_LIMIT.as_secs();
+    let mut child = Command::new("timeout")
+        .args(["--kill-after=10", &limit.to_string()])
+        .arg(tool)
+        .args(arguments("run"))
         .arg(&corpus)
+        .args(["--", "-print_final_stats=1", "-timeout=20"])
         .args([
-            "--",
-            "-print_final_stats=1",
-            "-timeout=20",
-            "-rss_limit_mb=4096",
+            "-rss_limit_mb=4096".to_owned(),
+            format!("-max_total_time={seconds}"),
         ])
-        .arg(format!("-max_total_time={seconds}"))
         .current_dir(workspace())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .with_context(|| format!("cannot run {}", tool.display()))?;
+        .context("cannot run timeout")?;
     let stderr = child.stderr.take().context("no standard error")?;
     let mut outcome = Outcome::default();
-    for line in BufReader::new(stderr).lines() {
-        let line = line.context("cannot read what the fuzzer says")?;
+    for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line);
         if let Some(count) = line.strip_prefix("stat::number_of_executed_units:") {
             outcome.executions = count.trim().to_owned();
         } else if let Some(coverage) = after(&line, " cov: ") {
@@ -143,6 +148,7 @@ fn fuzz(tool: &Path, target: &str, seconds: u32) -> Result<Outcome> {
     }
     let status = child.wait().context("cannot wait for the fuzzer")?;
     outcome.crashed = !status.success();
+    step.done();
     Ok(outcome)
 }
 

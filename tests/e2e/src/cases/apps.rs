@@ -167,7 +167,7 @@ fn same(setting: &Setting, options: impl Fn(Run) -> Run, command: &[&str]) -> Re
     Ok(tested.out())
 }
 
-/// How long unpacking may take: each file is some seven requests to the host's file server.
+/// How long unpacking may take: each file is some six requests to the host's file server.
 const UNPACKING: Duration = Duration::from_secs(30 * 60);
 
 fn tar_tree(setting: &Setting) -> Result<()> {

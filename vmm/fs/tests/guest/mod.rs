@@ -485,3 +485,7 @@ pub struct Setattr {
     pub uid: u32,
     pub gid: u32,
 }
+
+pub fn names(entries: &[Dirent]) -> Vec<&str> {
+    entries.iter().map(|entry| entry.name.as_str()).collect()
+}
