@@ -2,6 +2,12 @@
 //!
 //! The limits of a container hold inside the guest. The host's cgroup is there to account for the
 //! processes, to find them and to end them; what is set on the cgroups above applies as always.
+//!
+//! ```text
+//! cgroupsPath       of a container
+//! ├── anchors       its anchors
+//! └── vmm           the VMM, in that of the pod's first container, with limits of its own
+//! ```
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -17,8 +23,26 @@ use nix::{
 };
 use thiserror::Error;
 
+use crate::config::Config;
+
 /// Where the hierarchy is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
+
+/// Name of the anchors' cgroup in a container's.
+const ANCHORS: &str = "anchors";
+
+/// Name of the VMM's cgroup in that of the pod's first container.
+const VMM: &str = "vmm";
+
+/// What limits a VMM.
+const CONTROLLERS: [&str; 2] = ["memory", "pids"];
+
+/// Processes and threads of a VMM beside its vCPUs: those of its devices, and those that KVM starts
+/// for it.
+const VMM_THREADS: u32 = 16;
+
+/// Memory in bytes that a VMM may use beside its guest's, however small that is.
+const VMM_MEMORY: u64 = 256 << 20;
 
 /// Failures with a cgroup.
 #[derive(Debug, Error)]
@@ -33,6 +57,29 @@ pub enum CgroupError {
     #[error("Cannot create cgroup {path}")]
     Create {
         /// Its directory.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+    /// The host cannot limit anything.
+    #[error(
+        "Cannot limit a VMM: the cgroup controller {controller} cannot be enabled in {path}; enable \
+         it (cgroup v2 must own it), or set cgroup_limits = false in the configuration"
+    )]
+    Controller {
+        /// Which one.
+        controller: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+    /// A limit cannot be set.
+    #[error("Cannot write {path}")]
+    Limit {
+        /// The file's path.
         path: PathBuf,
         /// The system's error.
         #[source]
@@ -96,7 +143,12 @@ fn slice_directory(slice: &str) -> Option<PathBuf> {
     Some(path)
 }
 
-/// A cgroup of a pod, removed with its owner.
+/// The cgroup for the anchors of the container with this cgroup.
+pub fn anchors(container: &Path) -> PathBuf {
+    container.join(ANCHORS)
+}
+
+/// A container's cgroup, removed with its owner.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
@@ -105,18 +157,26 @@ pub struct Cgroup {
 impl Cgroup {
     /// Makes the cgroup, or takes one that is there.
     pub fn create(path: PathBuf) -> Result<Self, CgroupError> {
-        ensure(&path)?;
+        ensure(&anchors(&path))?;
         Ok(Self { path })
     }
 
-    /// Its directory.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Opens `cgroup.procs` for writing: a process that writes "0" joins.
-    pub fn procs(&self) -> Result<File, CgroupError> {
-        let path = self.path.join("cgroup.procs");
+    /// Makes the VMM's cgroup in it, with the limits for this configuration, and opens its
+    /// `cgroup.procs` for writing: a process that writes "0" joins.
+    ///
+    /// A VMM may use its guest's memory, as much again for what the host's kernel keeps of the
+    /// files that the guest keeps in its caches, and something for itself.
+    pub fn for_vmm(&self, config: &Config) -> Result<File, CgroupError> {
+        let path = self.path.join(VMM);
+        ensure(&path)?;
+        if config.cgroup_limits {
+            enable_controllers(&self.path)?;
+            let memory = 2 * (u64::from(config.memory_mib) << 20) + VMM_MEMORY;
+            let pids = u32::from(config.vcpus) + VMM_THREADS;
+            set(&path, "memory.max", &memory.to_string())?;
+            set(&path, "pids.max", &pids.to_string())?;
+        }
+        let path = path.join("cgroup.procs");
         OpenOptions::new()
             .write(true)
             .open(&path)
@@ -126,14 +186,45 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        match fs::remove_dir(&self.path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => {
-                tracing::warn!(path = %self.path.display(), %error, "Cannot remove a cgroup");
+        for path in [&self.path.join(VMM), &self.path.join(ANCHORS), &self.path] {
+            match fs::remove_dir(path) {
+                Ok(()) => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "Cannot remove a cgroup");
+                }
             }
         }
     }
+}
+
+/// Lets the children of a cgroup be limited, which its ancestors must allow each to the next
+/// (cgroup-v2.rst, "Enabling and Disabling").
+fn enable_controllers(path: &Path) -> Result<(), CgroupError> {
+    let above = path.ancestors().take_while(|above| above.starts_with(ROOT));
+    let from_root: Vec<_> = above.collect();
+    for directory in from_root.into_iter().rev() {
+        let file = directory.join("cgroup.subtree_control");
+        let enabled = fs::read_to_string(&file).unwrap_or_default();
+        for controller in CONTROLLERS {
+            if enabled.split_whitespace().any(|name| name == controller) {
+                continue;
+            }
+            fs::write(&file, format!("+{controller}")).map_err(|source| {
+                CgroupError::Controller {
+                    controller,
+                    path: directory.to_owned(),
+                    source,
+                }
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn set(cgroup: &Path, file: &str, value: &str) -> Result<(), CgroupError> {
+    let path = cgroup.join(file);
+    fs::write(&path, value).map_err(|source| CgroupError::Limit { path, source })
 }
 
 /// Makes a cgroup without owning it.

@@ -9,6 +9,8 @@ use bulkhead_vmm_control::VmConfig;
 use serde::Deserialize;
 use thiserror::Error;
 
+use crate::ids::IdSpace;
+
 /// Where the configuration is, unless [`PATH_VARIABLE`] names another file.
 const PATH: &str = "/etc/bulkhead/config.toml";
 
@@ -44,6 +46,14 @@ pub struct Config {
     pub vmm: Option<PathBuf>,
     /// Directory for the state of running pods.
     pub state_dir: PathBuf,
+    /// The first host id that is set aside for pods.
+    pub id_start: u32,
+    /// How many ids are set aside.
+    pub id_count: u32,
+    /// How many of them each pod gets: its files can belong to the ids below this number.
+    pub ids_per_pod: u32,
+    /// Refuse to run where the host's cgroups cannot limit a VMM's memory and processes.
+    pub cgroup_limits: bool,
 }
 
 /// How much is logged.
@@ -74,6 +84,11 @@ impl Default for Config {
             guest_dir: "/usr/lib/bulkhead".into(),
             vmm: None,
             state_dir: "/run/bulkhead".into(),
+            // Between the ids that systemd gives to containers and those that it calls foreign.
+            id_start: 0x7000_0000,
+            id_count: 0x0ffe_0000,
+            ids_per_pod: 65_536,
+            cgroup_limits: true,
         }
     }
 }
@@ -155,6 +170,11 @@ impl Config {
         if config.boot_timeout == 0 {
             return Err(range("boot_timeout", 0, "1 or more"));
         }
+        if !config.ids().is_valid() {
+            let text = "from id_start on, which is 1 or more, there must be ids for one pod \
+                        below 4294967295";
+            return Err(range("id_count", config.id_count, text));
+        }
         Ok(config)
     }
 
@@ -165,6 +185,15 @@ impl Config {
             memory_mib: self.memory_mib,
             kernel_args: self.kernel_args.clone(),
             console: self.console,
+        }
+    }
+
+    /// The host ids for pods.
+    pub fn ids(&self) -> IdSpace {
+        IdSpace {
+            first: self.id_start,
+            count: self.id_count,
+            per_pod: self.ids_per_pod,
         }
     }
 
@@ -214,7 +243,12 @@ mod tests {
             error.contains("line 3") && error.contains("`loud`"),
             "{error}"
         );
-        for wrong in ["vcpus = 0", "memory_mib = 31", "boot_timeout = 0"] {
+        for wrong in [
+            "vcpus = 0",
+            "memory_mib = 31",
+            "boot_timeout = 0",
+            "id_count = 9",
+        ] {
             let error = parse(wrong).unwrap_err();
             assert!(error.contains(wrong), "{error}");
         }

@@ -111,8 +111,8 @@ pub struct Parts {
     pub spec: Spec,
     /// Its own process.
     pub init: Arc<Process>,
-    /// Directory of its cgroup.
-    pub cgroup: PathBuf,
+    /// Directory of its anchors' cgroup.
+    pub anchors: PathBuf,
     /// What is to be released.
     pub resources: Resources,
 }
@@ -127,7 +127,7 @@ pub struct Container {
     /// Its own process.
     pub init: Arc<Process>,
     spec: Spec,
-    cgroup: PathBuf,
+    anchors: PathBuf,
     host: Arc<Host>,
     execs: Mutex<BTreeMap<String, Exec>>,
     resources: AsyncMutex<Resources>,
@@ -141,7 +141,7 @@ impl Container {
             bundle: parts.bundle,
             init: parts.init,
             spec: parts.spec,
-            cgroup: parts.cgroup,
+            anchors: parts.anchors,
             host,
             execs: Mutex::default(),
             resources: AsyncMutex::new(parts.resources),
@@ -372,7 +372,7 @@ impl Container {
         };
         let name = format!("{}/{}", self.id, process.exec_id);
         let (anchor, started) = tokio::join!(
-            Anchor::start(&self.host.reaper, &self.cgroup, &network, &name),
+            Anchor::start(&self.host.reaper, &self.anchors, &network, &name),
             agent.exec(&request),
         );
         if let Err(error) = started {

@@ -18,6 +18,7 @@ use crate::{
     errors::TaskError,
     events::Event,
     hooks,
+    pod::PodError,
     process::Process,
     rootfs::Rootfs,
     spec::Spec,
@@ -72,7 +73,11 @@ pub async fn create(
     let parts = Parts {
         id: request.id.clone(),
         bundle: request.bundle.clone(),
-        cgroup: cgroup::directory(spec.cgroups_path(), &host.namespace, &request.id)?,
+        anchors: cgroup::anchors(&cgroup::directory(
+            spec.cgroups_path(),
+            &host.namespace,
+            &request.id,
+        )?),
         spec,
         init: process,
         resources: progress.resources,
@@ -104,14 +109,15 @@ async fn build(
     let (spec, spec_bytes) = Spec::read(bundle)?;
 
     let root = spec.root.as_ref().map(|root| root.path.as_path());
-    let rootfs = Rootfs::mount(bundle, &request.rootfs, root)?;
+    let rootfs = Rootfs::new(bundle, &request.rootfs, root)?;
     let rootfs = progress.resources.rootfs.insert(rootfs);
 
     let cgroup = cgroup::directory(spec.cgroups_path(), &host.namespace, &request.id)?;
+    let anchors = cgroup::anchors(&cgroup);
     if host.pod_cgroup.as_ref() == Some(&cgroup) {
-        cgroup::ensure(&cgroup)?;
+        cgroup::ensure(&anchors)?;
     } else {
-        progress.resources.cgroup = Some(Cgroup::create(cgroup.clone())?);
+        progress.resources.cgroup = Some(Cgroup::create(cgroup)?);
     }
 
     let paths = Paths {
@@ -133,18 +139,28 @@ async fn build(
 
     let network = Network::from_spec(spec.network_namespace());
     let (anchor, agent) = tokio::join!(
-        Anchor::start(&host.reaper, &cgroup, &network, &request.id),
+        Anchor::start(&host.reaper, &anchors, &network, &request.id),
         host.pod.agent(),
     );
     let anchor = progress.anchor.insert(anchor?);
     let agent = agent?;
+    let Some(confinement) = host.pod.confinement() else {
+        return Err(PodError::Ended("it has no VMM".into()).into());
+    };
 
-    run_early_hooks(host, &spec, request, anchor.pid()).await?;
+    if spec.has_early_hooks() {
+        rootfs.show(bundle, &confinement.state_dir).await?;
+        run_early_hooks(host, &spec, request, anchor.pid()).await?;
+    }
 
     let shares = &mut progress.resources.shares;
-    let rootfs_share = shares.add_rootfs(&host.pod, prefix, rootfs).await?;
+    let rootfs_share = shares
+        .add_rootfs(&host.pod, confinement, prefix, rootfs)
+        .await?;
     let mounts = spec.mounts.as_deref().unwrap_or_default();
-    let shared_mounts = shares.add_mounts(&host.pod, prefix, mounts).await?;
+    let shared_mounts = shares
+        .add_mounts(&host.pod, confinement, prefix, mounts)
+        .await?;
 
     // Noted first: an answer that comes too late may still mean that it was created.
     progress.resources.in_guest = true;

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
 };
 
@@ -35,7 +35,7 @@ pub enum MountError {
         #[source]
         source: Errno,
     },
-    /// The options do not fit, however they are written.
+    /// The options do not fit.
     #[error("The options for {target} are {length} bytes long; the kernel takes {MAX_OPTIONS}")]
     TooLong {
         /// Where.
@@ -46,15 +46,6 @@ pub enum MountError {
     /// A path or option has a zero byte.
     #[error("A mount for {0} has a zero byte in its options")]
     ZeroByte(PathBuf),
-    /// The working directory cannot be changed or restored.
-    #[error("Cannot change to {path}")]
-    Directory {
-        /// The directory.
-        path: PathBuf,
-        /// The system's error.
-        #[source]
-        source: io::Error,
-    },
     /// A file cannot be made a block device.
     #[error("Cannot attach {path} to a loop device")]
     Loop {
@@ -70,11 +61,14 @@ pub enum MountError {
 }
 
 /// The options of a mount, taken apart.
-#[derive(Debug, PartialEq, Eq)]
-struct Options {
-    flags: MsFlags,
-    attach_loop: bool,
-    data: Vec<String>,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// Flags of mount(2).
+    pub flags: MsFlags,
+    /// The source is a file, to be attached to a loop device.
+    pub attach_loop: bool,
+    /// What is the file system's own business.
+    pub data: Vec<String>,
 }
 
 /// Options of mount(8) that are flags of mount(2): name, flag, whether it is set or cleared.
@@ -107,7 +101,8 @@ const FLAGS: [(&str, MsFlags, bool); 25] = [
 ];
 
 impl Options {
-    fn parse(kind: &str, options: &[String]) -> Result<Self, MountError> {
+    /// Tells flags from the file system's own options.
+    pub fn parse(kind: &str, options: &[String]) -> Result<Self, MountError> {
         let mut parsed = Self {
             flags: MsFlags::empty(),
             attach_loop: false,
@@ -139,35 +134,19 @@ impl Options {
     }
 }
 
-/// Mounts `source` on `target`, which exists.
+/// Mounts `source`, which is not to be bound, on `target`, which exists.
 pub fn mount_on(
     kind: &str,
     source: &str,
-    options: &[String],
+    options: &Options,
     target: &Path,
 ) -> Result<(), MountError> {
-    let options = Options::parse(kind, options)?;
     let failed = |errno| MountError::Mount {
         source_name: source.to_owned(),
         kind: kind.to_owned(),
         target: target.to_owned(),
         source: errno,
     };
-    const NONE: Option<&str> = None;
-    if options.flags.contains(MsFlags::MS_BIND) {
-        let bind = MsFlags::MS_BIND | (options.flags & MsFlags::MS_REC);
-        mount(Some(source), target, NONE, bind, NONE).map_err(failed)?;
-        // A bind mount takes its flags only when it is mounted again (mount(2)).
-        let rest = options.flags.difference(MsFlags::MS_BIND | MsFlags::MS_REC);
-        if !rest.is_empty() {
-            let again = rest | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
-            if let Err(errno) = mount(NONE, target, NONE, again, NONE) {
-                unmount_all(target);
-                return Err(failed(errno));
-            }
-        }
-        return Ok(());
-    }
     let device = options
         .attach_loop
         .then(|| {
@@ -198,92 +177,10 @@ pub fn mount_on(
         )
         .map_err(failed);
     }
-    // Many layers: name them from the directory that they share.
-    let Some((directory, data)) = relative_layers(&options.data) else {
-        return Err(MountError::TooLong {
-            target: target.to_owned(),
-            length: data.len(),
-        });
-    };
-    if data.len() > MAX_OPTIONS {
-        return Err(MountError::TooLong {
-            target: target.to_owned(),
-            length: data.len(),
-        });
-    }
-    let _inside = WorkingDirectory::change(&directory)?;
-    mount(
-        Some(source.as_str()),
-        target,
-        Some(kind),
-        options.flags,
-        Some(data.as_str()),
-    )
-    .map_err(failed)
-}
-
-/// The longest directory that all of overlay's lower layers share, and the options with the layers
-/// named from there. `None` when there is no such directory.
-fn relative_layers(options: &[String]) -> Option<(PathBuf, String)> {
-    const KEY: &str = "lowerdir=";
-    let layers: Vec<&str> = options
-        .iter()
-        .find_map(|option| option.strip_prefix(KEY))?
-        .split(':')
-        .collect();
-    let mut shared = Path::new(layers.first()?).parent()?;
-    while !layers
-        .iter()
-        .all(|layer| Path::new(layer) != shared && Path::new(layer).starts_with(shared))
-    {
-        shared = shared.parent()?;
-    }
-    if !shared.is_absolute() || shared.parent().is_none() {
-        return None;
-    }
-    let prefix = format!("{}/", shared.to_str()?);
-    let relative: Option<Vec<&str>> = layers
-        .iter()
-        .map(|layer| layer.strip_prefix(prefix.as_str()))
-        .collect();
-    let relative = format!("{KEY}{}", relative?.join(":"));
-    let options: Vec<&str> = options
-        .iter()
-        .map(|option| {
-            if option.starts_with(KEY) {
-                relative.as_str()
-            } else {
-                option.as_str()
-            }
-        })
-        .collect();
-    Some((shared.to_owned(), options.join(",")))
-}
-
-/// Another working directory, until this is dropped. The shim has one thread, and names nothing
-/// relative to its working directory.
-struct WorkingDirectory {
-    before: OwnedFd,
-}
-
-impl WorkingDirectory {
-    fn change(path: &Path) -> Result<Self, MountError> {
-        let failed = |source| MountError::Directory {
-            path: path.to_owned(),
-            source,
-        };
-        let before = File::open(".").map_err(failed)?.into();
-        std::env::set_current_dir(path).map_err(failed)?;
-        Ok(Self { before })
-    }
-}
-
-impl Drop for WorkingDirectory {
-    fn drop(&mut self) {
-        if let Err(errno) = nix::unistd::fchdir(self.before.as_fd()) {
-            tracing::error!(%errno, "Cannot return to the working directory");
-        }
-    }
+    Err(MountError::TooLong {
+        target: target.to_owned(),
+        length: data.len(),
+    })
 }
 
 /// Takes every mount off `target`, with those below. A mount that is in use goes as soon as it is
@@ -423,22 +320,5 @@ mod tests {
             options("overlay", &["uidmap=0:1:2"]),
             Err(MountError::Option(_))
         ));
-    }
-
-    #[test]
-    fn layers_are_named_from_their_directory() {
-        let options = [
-            "workdir=/s/9/work".to_owned(),
-            "lowerdir=/s/snapshots/1/fs:/s/snapshots/2/fs".to_owned(),
-        ];
-        assert_eq!(
-            relative_layers(&options),
-            Some((
-                "/s/snapshots".into(),
-                "workdir=/s/9/work,lowerdir=1/fs:2/fs".into()
-            ))
-        );
-        assert_eq!(relative_layers(&["lowerdir=/a:/b".to_owned()]), None);
-        assert_eq!(relative_layers(&["lowerdir=a:b".to_owned()]), None);
     }
 }

@@ -10,13 +10,13 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
 use bulkhead_agent_api::{AGENT_PORT, STREAM_PORT};
 use bulkhead_rootfs_builder::{GuestFiles, VerifyError, verify};
-use bulkhead_vmm_control::{Counters, Reply, Request};
+use bulkhead_vmm_control::{Counters, Reply, Request, UserNamespace, UserNamespaceError};
 use thiserror::Error;
 use tokio::{
     sync::{mpsc, watch},
@@ -28,6 +28,7 @@ use crate::{
     cgroup::{Cgroup, CgroupError},
     child::Reaper,
     config::{Config, ConfigError},
+    ids::{IdClaim, IdError},
     state::{StateDirectory, StateError},
     streams::Streams,
     text,
@@ -78,6 +79,10 @@ enum BootError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
+    Ids(#[from] IdError),
+    #[error(transparent)]
+    UserNamespace(#[from] UserNamespaceError),
+    #[error(transparent)]
     Vmm(#[from] VmmError),
     #[error("{0}")]
     Died(String),
@@ -111,6 +116,16 @@ struct Belongings {
     vmm: Option<Arc<VmmProcess>>,
     cgroup: Option<Cgroup>,
     state: Option<StateDirectory>,
+    ids: Option<IdClaim>,
+}
+
+/// How the VMM is kept from all but its own files.
+#[derive(Debug)]
+pub struct Confinement {
+    /// The user namespace by which it sees files.
+    pub namespace: Arc<UserNamespace>,
+    /// The state directory of all pods, a place for mounts that nobody else sees.
+    pub state_dir: PathBuf,
 }
 
 /// A pod.
@@ -118,6 +133,7 @@ struct Belongings {
 pub struct Pod {
     state: watch::Sender<State>,
     belongings: Mutex<Belongings>,
+    confinement: OnceLock<Confinement>,
     streams: Arc<Streams>,
     timeline: Arc<Timeline>,
 }
@@ -128,6 +144,7 @@ impl Pod {
         let pod = Arc::new(Self {
             state: watch::Sender::new(State::Booting),
             belongings: Mutex::default(),
+            confinement: OnceLock::new(),
             streams: Streams::new(),
             timeline,
         });
@@ -177,13 +194,21 @@ impl Pod {
         let state =
             StateDirectory::create(&config.state_dir, &settings.namespace, &settings.group)?;
         let console = config.console.then(|| state.console()).transpose()?;
+        let ids = IdClaim::lowest(&config.state_dir, &config.ids())?;
+        let namespace = Arc::new(UserNamespace::create(ids.range())?);
         let cgroup = Cgroup::create(settings.cgroup?)?;
-        let procs = cgroup.procs()?;
-        {
+        let procs = {
             let mut belongings = self.belongings();
             belongings.state = Some(state);
-            belongings.cgroup = Some(cgroup);
-        }
+            belongings.ids = Some(ids);
+            belongings.cgroup.insert(cgroup).for_vmm(&config)?
+        };
+        let confinement = Confinement {
+            namespace: namespace.clone(),
+            state_dir: config.state_dir.clone(),
+        };
+        // A pod is started once.
+        let _ = self.confinement.set(confinement);
         let guest = verified(&config).await?;
         if let Some(error) = &guest.cache_error {
             let error = text::chain(error);
@@ -192,6 +217,7 @@ impl Pod {
         let (vmm, notices) = VmmProcess::spawn(
             VmmSettings {
                 path: &config.vmm_path()?,
+                user_namespace: &namespace,
                 cgroup: procs,
                 oom_score_adj: settings.oom_score_adj,
             },
@@ -342,6 +368,11 @@ impl Pod {
 
     fn vmm(&self) -> Result<Arc<VmmProcess>, VmmError> {
         self.belongings().vmm.clone().ok_or(VmmError::Gone)
+    }
+
+    /// What the VMM is kept from. There is nothing before there is a VMM.
+    pub fn confinement(&self) -> Option<&Confinement> {
+        self.confinement.get()
     }
 
     /// Makes a directory or file of the host visible to the guest.

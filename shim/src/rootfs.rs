@@ -1,26 +1,28 @@
 //! A container's root file system on the host.
 
 use std::{
-    fs::{self, File},
-    io,
-    os::fd::{AsRawFd, OwnedFd},
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
+use bulkhead_vmm_control::UserNamespace;
 use containerd_shim_protos::api::Mount;
-use nix::{
-    errno::Errno,
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
-};
+use nix::{errno::Errno, mount::MsFlags};
 use rustix::{
     fs::CWD,
-    mount::{OpenTreeFlags, open_tree},
+    mount::{MoveMountFlags, move_mount},
 };
 use thiserror::Error;
 
-use crate::mounts::{MountError, mount_on, unmount_all};
+use crate::{
+    assembly::assemble,
+    mounts::{MountError, Options, unmount_all},
+    tree::{self, TreeError},
+};
 
-/// Name of the directory in the bundle that containerd's mounts go to.
+/// Name of the directory in the bundle where hooks find the root.
 pub const DIRECTORY: &str = "rootfs";
 
 /// Failures with a root file system.
@@ -37,10 +39,31 @@ pub enum RootfsError {
     },
     /// A mount failed.
     #[error("Cannot mount the root file system")]
-    Mount(#[source] MountError),
+    Mount(#[from] MountError),
     /// A mount asks for something that is not supported.
     #[error("Cannot mount the root file system")]
     Unsupported(#[source] MountError),
+    /// The files of a mount cannot be handed over.
+    #[error("Cannot mount the root file system")]
+    Tree(#[from] TreeError),
+    /// There is no thread to mount in.
+    #[error("Cannot start a thread to mount the root file system")]
+    Thread(#[source] io::Error),
+    /// The thread cannot be separated from the host's mounts.
+    #[error("Cannot create a mount namespace for the root file system")]
+    Namespace(#[source] Errno),
+    /// The directory in which mounts are put together cannot be used.
+    #[error("Cannot prepare a directory for the root file system's mounts")]
+    Scratch(#[source] io::Error),
+    /// A mount cannot be put where it belongs.
+    #[error("Cannot attach a mount at {target}")]
+    Attach {
+        /// Where.
+        target: PathBuf,
+        /// The system's error.
+        #[source]
+        source: Errno,
+    },
     /// The place of a mount within the root cannot be used.
     #[error("Cannot find {target} in the root file system")]
     Target {
@@ -53,116 +76,102 @@ pub enum RootfsError {
     /// There is neither a mount nor a directory.
     #[error("The container has no root file system: neither mounts nor an absolute root.path")]
     Missing,
-    /// The tree of mounts cannot be taken.
-    #[error("Cannot clone the mounts of {path}")]
-    Clone {
-        /// The root's directory.
-        path: PathBuf,
-        /// The system's error.
-        #[source]
-        source: rustix::io::Errno,
-    },
 }
 
-/// A root file system. What was mounted for it is unmounted with its owner.
+/// Where the files are.
+#[derive(Debug)]
+enum Source {
+    /// What containerd asks to be mounted.
+    Mounts(Vec<Mount>),
+    /// A directory that is there.
+    Directory(PathBuf),
+}
+
+/// A root file system.
+///
+/// It is mounted for the VM alone, under the pod's ids. Host hooks see it under the host's, at
+/// `rootfs` in the bundle, before the VM has it: overlayfs does not say what happens to an upper
+/// layer that two mounts use.
 #[derive(Debug)]
 pub struct Rootfs {
-    path: PathBuf,
-    mounted: bool,
+    source: Source,
+    /// Where hooks find it, if it is mounted there.
+    shown: Option<PathBuf>,
 }
 
 impl Rootfs {
-    /// Mounts what containerd asks for at `rootfs` in the bundle. Without mounts, `root`, the
-    /// specification's absolute path, is used as it is.
-    pub fn mount(
-        bundle: &Path,
-        mounts: &[Mount],
-        root: Option<&Path>,
-    ) -> Result<Self, RootfsError> {
-        if mounts.is_empty() {
-            return match root {
-                Some(path) if path.is_absolute() => Ok(Self {
-                    path: path.to_owned(),
-                    mounted: false,
-                }),
-                // Relative to the bundle, when somebody has mounted or unpacked it there.
-                Some(path) if bundle.join(path).is_dir() => Ok(Self {
-                    path: bundle.join(path),
-                    mounted: false,
-                }),
-                _ => Err(RootfsError::Missing),
-            };
+    /// Takes what containerd asks to be mounted. Without mounts, `root`, the specification's path,
+    /// is used as it is.
+    pub fn new(bundle: &Path, mounts: &[Mount], root: Option<&Path>) -> Result<Self, RootfsError> {
+        for mount in mounts {
+            Options::parse(&mount.type_, &mount.options).map_err(RootfsError::Unsupported)?;
         }
+        let source = match root {
+            _ if !mounts.is_empty() => Source::Mounts(mounts.to_vec()),
+            Some(path) if path.is_absolute() => Source::Directory(path.to_owned()),
+            // Relative to the bundle, when somebody has mounted or unpacked it there.
+            Some(path) if bundle.join(path).is_dir() => Source::Directory(bundle.join(path)),
+            _ => return Err(RootfsError::Missing),
+        };
+        Ok(Self {
+            source,
+            shown: None,
+        })
+    }
+
+    /// Mounts it at `rootfs` in the bundle, as the host's own users see it. `scratch` is an
+    /// existing directory.
+    pub async fn show(&mut self, bundle: &Path, scratch: &Path) -> Result<(), RootfsError> {
+        let Source::Mounts(mounts) = &self.source else {
+            return Ok(());
+        };
+        let tree = assemble(mounts.clone(), None, scratch.to_owned()).await?;
         let path = bundle.join(DIRECTORY);
         if let Err(source) = fs::create_dir(&path)
             && source.kind() != io::ErrorKind::AlreadyExists
         {
             return Err(RootfsError::Create { path, source });
         }
-        // From here on, its drop undoes what was mounted.
-        let rootfs = Self {
-            path,
-            mounted: true,
-        };
-        for mount in mounts {
-            rootfs.add(mount)?;
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        move_mount(&tree, "", CWD, &path, flags).map_err(|errno| RootfsError::Attach {
+            target: path.clone(),
+            source: Errno::from_raw(errno.raw_os_error()),
+        })?;
+        self.shown = Some(path);
+        Ok(())
+    }
+
+    /// Takes it away from the host's users again.
+    pub fn hide(&mut self) {
+        if let Some(path) = self.shown.take() {
+            unmount_all(&path);
         }
-        Ok(rootfs)
     }
 
-    fn add(&self, mount: &Mount) -> Result<(), RootfsError> {
-        let inside;
-        let target = if mount.target.is_empty() {
-            self.path.clone()
-        } else {
-            inside = self.within(&mount.target)?;
-            PathBuf::from(format!("/proc/self/fd/{}", inside.as_raw_fd()))
-        };
-        mount_on(&mount.type_, &mount.source, &mount.options, &target).map_err(
-            |error| match error {
-                MountError::Option(_) => RootfsError::Unsupported(error),
-                error => RootfsError::Mount(error),
-            },
-        )
-    }
-
-    /// A directory within the root, whatever links the image has there.
-    fn within(&self, target: &str) -> Result<OwnedFd, RootfsError> {
-        let relative = target.trim_start_matches('/');
-        let failed = |source| RootfsError::Target {
-            target: target.to_owned(),
-            source,
-        };
-        let root = File::open(&self.path)
-            .map_err(|error| failed(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))))?;
-        let how = OpenHow::new()
-            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        openat2(&root, relative, how).map_err(failed)
-    }
-
-    /// A copy of the root's mounts that is attached nowhere.
-    pub fn tree(&self) -> Result<OwnedFd, RootfsError> {
-        clone_tree(&self.path, true).map_err(|source| RootfsError::Clone {
-            path: self.path.clone(),
-            source,
-        })
+    /// The root's mounts, attached nowhere, under the ids of the pod.
+    pub async fn tree(
+        &mut self,
+        namespace: &Arc<UserNamespace>,
+        scratch: &Path,
+    ) -> Result<OwnedFd, RootfsError> {
+        self.hide();
+        match &self.source {
+            Source::Mounts(mounts) => {
+                assemble(mounts.clone(), Some(namespace.clone()), scratch.to_owned()).await
+            }
+            Source::Directory(path) => {
+                let tree = tree::clone(path, true)?;
+                tree::confine(tree.as_fd(), path, Some(namespace), MsFlags::empty())?;
+                Ok(tree)
+            }
+        }
     }
 }
 
 impl Drop for Rootfs {
     fn drop(&mut self) {
-        if self.mounted {
-            unmount_all(&self.path);
-        }
+        self.hide();
     }
-}
-
-/// A copy of the mount at `path`, with those below if `recursive`, that is attached nowhere.
-pub fn clone_tree(path: &Path, recursive: bool) -> rustix::io::Result<OwnedFd> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
-    open_tree(CWD, path, flags)
 }
 
 #[cfg(test)]
@@ -172,16 +181,13 @@ mod tests {
     #[test]
     fn an_absolute_root_is_used_as_it_is() {
         let bundle = tempfile::tempdir().unwrap();
-        let root = tempfile::tempdir().unwrap();
-        let rootfs = Rootfs::mount(bundle.path(), &[], Some(root.path())).unwrap();
-        assert_eq!(rootfs.path, root.path());
-        assert!(matches!(
-            Rootfs::mount(bundle.path(), &[], None),
-            Err(RootfsError::Missing)
-        ));
-        assert!(matches!(
-            Rootfs::mount(bundle.path(), &[], Some(Path::new("rootfs"))),
-            Err(RootfsError::Missing)
-        ));
+        let rootfs = Rootfs::new(bundle.path(), &[], Some(Path::new("/root"))).unwrap();
+        assert!(matches!(&rootfs.source, Source::Directory(path) if path == Path::new("/root")));
+        for root in [None, Some(Path::new("rootfs"))] {
+            assert!(matches!(
+                Rootfs::new(bundle.path(), &[], root),
+                Err(RootfsError::Missing)
+            ));
+        }
     }
 }

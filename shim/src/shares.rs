@@ -6,13 +6,15 @@ use std::{
 };
 
 use bulkhead_agent_api::messages::SharedMount;
+use nix::mount::MsFlags;
 use thiserror::Error;
 
 use crate::{
-    pod::Pod,
-    rootfs::{Rootfs, RootfsError, clone_tree},
+    pod::{Confinement, Pod},
+    rootfs::{Rootfs, RootfsError},
     spec::Mount,
     text,
+    tree::{self, TreeError},
     vmm_process::VmmError,
 };
 
@@ -26,9 +28,9 @@ pub enum ShareError {
         path: PathBuf,
         /// Where in the container.
         destination: PathBuf,
-        /// The system's error.
+        /// What failed.
         #[source]
-        source: rustix::io::Errno,
+        source: TreeError,
     },
     /// The VMM did not take it.
     #[error("Cannot share {what} with the VM")]
@@ -55,11 +57,14 @@ impl Shares {
     pub async fn add_rootfs(
         &mut self,
         pod: &Pod,
+        confinement: &Confinement,
         prefix: &str,
-        rootfs: &Rootfs,
+        rootfs: &mut Rootfs,
     ) -> Result<String, ShareError> {
         let name = format!("{prefix}-rootfs");
-        let tree = rootfs.tree()?;
+        let tree = rootfs
+            .tree(&confinement.namespace, &confinement.state_dir)
+            .await?;
         self.add(
             pod,
             &name,
@@ -75,6 +80,7 @@ impl Shares {
     pub async fn add_mounts(
         &mut self,
         pod: &Pod,
+        confinement: &Confinement,
         prefix: &str,
         mounts: &[Mount],
     ) -> Result<Vec<SharedMount>, ShareError> {
@@ -83,13 +89,7 @@ impl Shares {
             if !mount.is_bind() {
                 continue;
             }
-            let tree = clone_tree(&mount.source, mount.is_recursive()).map_err(|source| {
-                ShareError::Source {
-                    path: mount.source.clone(),
-                    destination: mount.destination.clone(),
-                    source,
-                }
-            })?;
+            let tree = bind(confinement, mount)?;
             let name = format!("{prefix}-m{index}");
             let options = (mount.is_read_only(), false);
             self.add(pod, &name, tree, options, mount.source.clone())
@@ -130,4 +130,20 @@ impl Shares {
             }
         }
     }
+}
+
+/// The source of a bind mount, under the ids of the pod.
+fn bind(confinement: &Confinement, mount: &Mount) -> Result<OwnedFd, ShareError> {
+    let path = &mount.source;
+    let mut flags = MsFlags::empty();
+    flags.set(MsFlags::MS_RDONLY, mount.is_read_only());
+    let tree = tree::clone(path, mount.is_recursive()).and_then(|tree| {
+        tree::confine(tree.as_fd(), path, Some(&confinement.namespace), flags)?;
+        Ok(tree)
+    });
+    tree.map_err(|source| ShareError::Source {
+        path: path.clone(),
+        destination: mount.destination.clone(),
+        source,
+    })
 }

@@ -192,6 +192,13 @@ pub struct Hook {
 }
 
 impl Spec {
+    /// Whether there are hooks that run before the container is set up.
+    pub fn has_early_hooks(&self) -> bool {
+        self.hooks
+            .as_ref()
+            .is_some_and(|hooks| !hooks.prestart.is_empty() || !hooks.create_runtime.is_empty())
+    }
+
     /// Parses a `config.json`; `path` is for the error.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self, SpecError> {
         serde_json::from_slice(bytes).map_err(|source| SpecError::Parse {

@@ -3,19 +3,20 @@
 use std::{
     collections::VecDeque,
     fs::File,
-    io::{self, Read, Write},
+    io::{self, Read},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::{net, process::CommandExt},
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net,
     },
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use bulkhead_vmm_control::{
-    CONTROL_FD, Channel, ChannelError, Event, FromVmm, Packet, Reply, Request, StopReason,
+    Channel, ChannelError, Event, FromVmm, Launch, Packet, Reply, Request, StopReason,
+    UserNamespace, in_new_pid_namespace,
 };
 use nix::{errno::Errno, fcntl::OFlag};
 use thiserror::Error;
@@ -101,6 +102,8 @@ pub enum Notice {
 pub struct VmmSettings<'a> {
     /// The executable.
     pub path: &'a Path,
+    /// The user namespace that it joins.
+    pub user_namespace: &'a UserNamespace,
     /// `cgroup.procs` of its cgroup, open for writing.
     pub cgroup: File,
     /// Its OOM preference; `None` keeps the shim's.
@@ -130,24 +133,23 @@ impl VmmProcess {
     ) -> Result<(Self, mpsc::Receiver<Notice>), VmmError> {
         let (ours, theirs) = Channel::pair().map_err(VmmError::Channel)?;
         let (messages, their_messages) = io::pipe().map_err(VmmError::Supervise)?;
+        let namespace = settings.user_namespace.as_fd();
+        let launch = Launch {
+            control: theirs,
+            user_namespace: namespace
+                .try_clone_to_owned()
+                .map_err(VmmError::Supervise)?,
+            cgroup: Some(settings.cgroup),
+            oom_score_adj: settings.oom_score_adj,
+        };
         let mut command = Command::new(settings.path);
-        command
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(their_messages);
-        prepare(
-            &mut command,
-            theirs.into(),
-            settings.cgroup,
-            settings.oom_score_adj,
-        );
-        let child = reaper
-            .spawn(&mut command)
-            .map_err(|source| VmmError::Spawn {
+        launch.prepare(&mut command, their_messages.into());
+        let child = in_new_pid_namespace(|| reaper.spawn(&mut command)).map_err(|source| {
+            VmmError::Spawn {
                 path: settings.path.to_owned(),
                 source,
-            })?;
+            }
+        })?;
         // The command holds the child's ends of the sockets.
         drop(command);
         let child = Arc::new(child);
@@ -242,57 +244,6 @@ impl Drop for VmmProcess {
     fn drop(&mut self) {
         self.child.kill();
     }
-}
-
-/// Arranges for the child to have the control socket as [`CONTROL_FD`], nothing else open, its
-/// cgroup and its OOM preference from the start, and to die with the shim.
-fn prepare(command: &mut Command, control: OwnedFd, cgroup: File, oom_score_adj: Option<i32>) {
-    let shim = nix::unistd::getpid();
-    let oom_score_adj = oom_score_adj.map(|value| value.to_string());
-    let setup = move || -> io::Result<()> {
-        (&cgroup).write_all(b"0")?;
-        if let Some(value) = &oom_score_adj {
-            // A lower value than the shim's own needs a capability that a nested root lacks;
-            // the inherited one does then.
-            let _ = std::fs::write("/proc/self/oom_score_adj", value);
-        }
-        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-        if nix::unistd::getppid() != shim {
-            return Err(Errno::ESRCH.into());
-        }
-        // SAFETY: the descriptor's number is used for what it is meant, before execve; whatever
-        // had it before is the shim's copy in this child.
-        let copied = unsafe { libc::dup2(control.as_raw_fd(), CONTROL_FD) };
-        if copied != CONTROL_FD {
-            return Err(io::Error::last_os_error());
-        }
-        if control.as_raw_fd() == CONTROL_FD {
-            clear_close_on_exec(control.as_fd())?;
-        }
-        // Everything above is marked rather than closed: std reports a failed execve through a
-        // descriptor of its own.
-        // SAFETY: close_range(2) takes plain integers.
-        let marked = unsafe {
-            libc::close_range(
-                (CONTROL_FD + 1).unsigned_abs(),
-                libc::c_uint::MAX,
-                libc::CLOSE_RANGE_CLOEXEC.cast_signed(),
-            )
-        };
-        if marked != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
-    };
-    // SAFETY: the closure makes only system calls, and allocates nothing: a path as short as the
-    // one above is put together on the stack.
-    unsafe { command.pre_exec(setup) };
-}
-
-fn clear_close_on_exec(fd: BorrowedFd<'_>) -> io::Result<()> {
-    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-    fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
-    Ok(())
 }
 
 fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {

@@ -15,16 +15,22 @@ use std::{
     io::{Read, Write},
     net::Shutdown,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::{fs::OpenOptionsExt, net::UnixStream, process::CommandExt},
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::{fs::OpenOptionsExt, net::UnixStream},
     },
     path::PathBuf,
-    process::Command,
+    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-use bulkhead_vmm_control::{CONTROL_FD, Channel, Event, FromVmm, Packet, Reply, Request, VmConfig};
+use bulkhead_vmm_control::{
+    Channel, Event, FromVmm, IdRange, Launch, Packet, Reply, Request, UserNamespace, VmConfig,
+    in_new_pid_namespace,
+};
+
+/// The host's id that is the VMM's.
+const FIRST_ID: u32 = 0x7000_0000;
 
 struct Options {
     vmm: PathBuf,
@@ -98,26 +104,21 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Starts the VMM with the socket as its descriptor 3.
-fn spawn(path: &PathBuf, socket: Channel) -> std::io::Result<std::process::Child> {
-    let socket = OwnedFd::from(socket);
+fn spawn(path: &PathBuf, control: Channel) -> Result<std::process::Child, Box<dyn Error>> {
+    let range = IdRange {
+        first: FIRST_ID,
+        count: 65_536,
+    };
+    let namespace = UserNamespace::create(range)?;
+    let launch = Launch {
+        control,
+        user_namespace: namespace.as_fd().try_clone_to_owned()?,
+        cgroup: None,
+        oom_score_adj: None,
+    };
     let mut command = Command::new(path);
-    // SAFETY: dup2(2) and fcntl(2) are async-signal-safe, and the socket lives until the child has
-    // its copy.
-    unsafe {
-        let raw = socket.as_raw_fd();
-        command.pre_exec(move || {
-            let result = if raw == CONTROL_FD {
-                libc::fcntl(raw, libc::F_SETFD, 0)
-            } else {
-                libc::dup2(raw, CONTROL_FD)
-            };
-            match result {
-                -1 => Err(std::io::Error::last_os_error()),
-                _ => Ok(()),
-            }
-        });
-    }
-    command.spawn()
+    launch.prepare(&mut command, Stdio::inherit());
+    Ok(in_new_pid_namespace(|| command.spawn())?)
 }
 
 /// The clock of [`bulkhead_vmm_control::Counters::entered_ns`].

@@ -49,8 +49,7 @@ enum RequestError {
     NotBooted,
     #[error("{0} descriptors came with the request instead of {1}")]
     Descriptors(usize, usize),
-    /// The directory of open descriptors, which the file server works with.
-    #[error("Cannot open /proc/self/fd")]
+    #[error("Cannot copy the descriptor of /proc/self/fd")]
     ProcSelfFd(#[source] io::Error),
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -74,12 +73,14 @@ enum Notice {
     Stopped(Stop),
 }
 
-/// Serves the control socket until the VM has stopped or the other end is closed.
-pub fn serve(channel: Channel) -> Result<(), ServeError> {
+/// Serves the control socket until the VM has stopped or the other end is closed. The file server
+/// works with `proc_self_fd`, an `O_PATH` descriptor of `/proc/self/fd`.
+pub fn serve(channel: Channel, proc_self_fd: OwnedFd) -> Result<(), ServeError> {
     let (notices, heard) = mpsc::sync_channel(NOTICES);
     let wake = EventFd::new(EFD_NONBLOCK).map_err(ServeError::EventFd)?;
     let mut server = Server {
         channel,
+        proc_self_fd,
         vm: None,
         notices,
         heard,
@@ -100,6 +101,7 @@ pub fn serve(channel: Channel) -> Result<(), ServeError> {
 
 struct Server {
     channel: Channel,
+    proc_self_fd: OwnedFd,
     vm: Option<Vm>,
     notices: mpsc::SyncSender<Notice>,
     heard: mpsc::Receiver<Notice>,
@@ -228,7 +230,10 @@ impl Server {
             kernel: kernel.into(),
             initramfs: initramfs.into(),
             console,
-            proc_self_fd: open_proc_self_fd()?,
+            proc_self_fd: self
+                .proc_self_fd
+                .try_clone()
+                .map_err(RequestError::ProcSelfFd)?,
         };
         self.vm = Some(builder::build(config, resources, self.callbacks())?);
         Ok(())
@@ -258,13 +263,6 @@ impl Server {
 fn exactly<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], RequestError> {
     fds.try_into()
         .map_err(|fds: Vec<OwnedFd>| RequestError::Descriptors(fds.len(), N))
-}
-
-fn open_proc_self_fd() -> Result<OwnedFd, RequestError> {
-    use rustix::fs::{Mode, OFlags, open};
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    open("/proc/self/fd", flags, Mode::empty())
-        .map_err(|errno| RequestError::ProcSelfFd(errno.into()))
 }
 
 /// An error with its causes: `what failed: why: why that`.

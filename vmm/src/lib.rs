@@ -22,6 +22,7 @@ mod command_line;
 pub mod control;
 pub mod counters;
 pub mod devices;
+pub mod jail;
 pub mod kernel;
 pub mod memory;
 pub mod vcpu;

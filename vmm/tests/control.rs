@@ -4,15 +4,13 @@
 use std::{
     fs::File,
     io::Write,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::process::CommandExt,
-    },
-    process::{Child, Command},
+    os::fd::{AsFd, BorrowedFd},
+    process::{Child, Command, Stdio},
 };
 
 use bulkhead_vmm_control::{
-    CONTROL_FD, Channel, Event, FromVmm, Packet, Reply, Request, StopReason, VmConfig,
+    Channel, Event, FromVmm, IdRange, Launch, Packet, Reply, Request, StopReason, UserNamespace,
+    VmConfig, in_new_pid_namespace,
 };
 
 /// Writes "hi" to the serial port, and then meets an exception without an interrupt table: a triple
@@ -34,19 +32,20 @@ struct Vmm {
 impl Vmm {
     fn start() -> Self {
         let (channel, theirs) = Channel::pair().unwrap();
-        let theirs = OwnedFd::from(theirs);
-        let raw = theirs.as_raw_fd();
+        let range = IdRange {
+            first: 0x7000_0000,
+            count: 65_536,
+        };
+        let namespace = UserNamespace::create(range).unwrap();
+        let launch = Launch {
+            control: theirs,
+            user_namespace: namespace.as_fd().try_clone_to_owned().unwrap(),
+            cgroup: None,
+            oom_score_adj: None,
+        };
         let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-vmm"));
-        // SAFETY: dup2(2) is async-signal-safe, and the socket lives until the child has its copy.
-        unsafe {
-            command.pre_exec(move || match libc::dup2(raw, CONTROL_FD) {
-                -1 => Err(std::io::Error::last_os_error()),
-                _ => Ok(()),
-            });
-        }
-        // The copy must not be the original, which closes itself.
-        assert_ne!(raw, CONTROL_FD);
-        let process = command.spawn().unwrap();
+        launch.prepare(&mut command, Stdio::inherit());
+        let process = in_new_pid_namespace(|| command.spawn()).unwrap();
         Self { process, channel }
     }
 

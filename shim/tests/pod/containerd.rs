@@ -69,7 +69,8 @@ impl Containerd {
         let vmm = path.join("bulkhead-vmm");
         std::os::unix::fs::symlink(std::env::current_exe().unwrap(), &vmm).unwrap();
         let config = format!(
-            "guest_dir = {:?}\nvmm = {:?}\nstate_dir = {:?}\nlog_level = 'debug'\n",
+            "guest_dir = {:?}\nvmm = {:?}\nstate_dir = {:?}\nlog_level = 'debug'\n\
+             cgroup_limits = false\n",
             path.join("guest"),
             vmm,
             path.join("state"),

@@ -49,8 +49,8 @@ pub fn main(executable: &str) {
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
-    // The fifth is the directory that is being read.
-    assert_eq!(open.len(), 5, "inherited descriptors: {open:?}");
+    // The sixth is the directory that is being read.
+    assert_eq!(open.len(), 6, "inherited descriptors: {open:?}");
     let Some(Packet { message, fds }) = channel.receive::<Request>().unwrap() else {
         return;
     };

@@ -93,7 +93,7 @@ pub async fn run_to_exit() {
         0,
         "the anchor sees something"
     );
-    let members = fs::read_to_string(containerd.cgroup("c1").join("cgroup.procs")).unwrap();
+    let members = fs::read_to_string(containerd.cgroup("c1").join("anchors/cgroup.procs")).unwrap();
     assert!(members.lines().any(|line| line == anchor.to_string()));
     let before = client.state(deadline(), &state("c1", "")).await.unwrap();
     assert_eq!(before.status(), Status::CREATED);

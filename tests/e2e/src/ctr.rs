@@ -1,6 +1,6 @@
 //! Driving containerd with `ctr`, as a user does.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -165,11 +165,14 @@ impl Container {
         &self.id
     }
 
-    /// Its root file system on the host, while its task exists.
-    pub fn rootfs(&self) -> PathBuf {
-        Path::new("/run/containerd/io.containerd.runtime.v2.task/default")
-            .join(&self.id)
-            .join("rootfs")
+    /// The directory on the host that its root file system's changes go to.
+    pub fn changes(&self) -> Result<PathBuf> {
+        let command = ctr(&["snapshot", "mounts", "/mnt", &self.id])?.succeeds()?;
+        command
+            .split([',', ' '])
+            .find_map(|option| option.strip_prefix("upperdir="))
+            .map(|path| path.trim_end().into())
+            .with_context(|| format!("no upper directory in {command}"))
     }
 
     /// Leaves the container to somebody else.

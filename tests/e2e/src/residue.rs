@@ -37,10 +37,11 @@ const TREES: [&str; 4] = [
     "/var/lib/containerd/io.containerd.runtime.v2.task",
 ];
 
-/// What stays by design: the record of kernels that were checked, and the parents that containerd
-/// and runc make once for each of containerd's namespaces.
-const STAYS: [&str; 9] = [
+/// What stays by design: the record of kernels that were checked, the file of claimed ids, and the
+/// parents that containerd and runc make once for each of containerd's namespaces.
+const STAYS: [&str; 10] = [
     "/run/bulkhead",
+    "/run/bulkhead/ids",
     "/run/bulkhead/verified.json",
     "/run/containerd/runc/default",
     "/run/containerd/runc",

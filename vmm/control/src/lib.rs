@@ -1,7 +1,7 @@
 //! The control socket between the shim and its VMM.
 //!
-//! A `SOCK_SEQPACKET` pair, made by the shim before it starts `bulkhead-vmm`; the VMM's end is
-//! its descriptor [`CONTROL_FD`]. Each packet is one JSON message of at most [`MAX_MESSAGE`] bytes,
+//! A `SOCK_SEQPACKET` pair, made by the shim before it starts `bulkhead-vmm` ([`Launch`]); the VMM's
+//! end is its descriptor [`CONTROL_FD`]. Each packet is one JSON message of at most [`MAX_MESSAGE`] bytes,
 //! with at most [`MAX_FDS`] descriptors beside it (`SCM_RIGHTS`, unix(7)).
 //!
 //! The shim sends [`Request`]s and the VMM answers each with one [`Reply`], in order. The first
@@ -9,10 +9,11 @@
 //! When either end closes, the other side's owner ends the VM.
 
 mod channel;
+mod launch;
 mod message;
+mod user_namespace;
 
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_MESSAGE, Packet};
+pub use launch::{CONTROL_FD, FIRST_FREE_FD, Launch, USER_NAMESPACE_FD};
 pub use message::{Counters, DeviceCounters, Event, FromVmm, Reply, Request, StopReason, VmConfig};
-
-/// Descriptor of the VMM's end of the control socket.
-pub const CONTROL_FD: i32 = 3;
+pub use user_namespace::{IdRange, UserNamespace, UserNamespaceError, in_new_pid_namespace};

@@ -194,7 +194,7 @@ fn tar_tree(setting: &Setting) -> Result<()> {
     in_runc.finish_within(UNPACKING)?.succeeds()?;
     in_tested.finish_within(UNPACKING)?.succeeds()?;
     // Everything as it is on the host, which is quick to read, and a part as it is seen inside.
-    let on_host = |container: &Container| tree::describe(&container.rootfs().join("tree"));
+    let on_host = |container: &Container| tree::describe(&container.changes()?.join("tree"));
     same_lines(names, &on_host(&runc)?, &on_host(&tested)?)?;
     let inside = |container: &Container| {
         let probe = [PROBE, "probe", "tree", "/tree/d10"];

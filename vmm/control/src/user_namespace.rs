@@ -1,0 +1,123 @@
+//! The user namespace of a pod: the host's ids that its VMM has, and that its files are shown by.
+
+use std::{
+    fmt, fs, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use nix::{
+    sched::{CloneFlags, setns},
+    unistd::{Pid, pipe2},
+};
+use thiserror::Error;
+
+/// A range of user ids and of the group ids with the same numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdRange {
+    /// The host's id that is 0 in the namespace.
+    pub first: u32,
+    /// How many there are.
+    pub count: u32,
+}
+
+impl fmt::Display for IdRange {
+    /// The one line of `uid_map` (user_namespaces(7)).
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "0 {} {}", self.first, self.count)
+    }
+}
+
+/// A namespace that could not be made.
+#[derive(Debug, Error)]
+pub enum UserNamespaceError {
+    /// There is no process to make it.
+    #[error("Cannot create a user namespace")]
+    Create(#[source] io::Error),
+    /// The ids cannot be mapped.
+    #[error("Cannot map ids {range} in a user namespace")]
+    Map {
+        /// The range.
+        range: IdRange,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A user namespace with nobody in it. It lasts as long as it is referred to.
+#[derive(Debug)]
+pub struct UserNamespace {
+    fd: OwnedFd,
+    range: IdRange,
+}
+
+impl UserNamespace {
+    /// Makes a namespace in which the ids of `range` are 0 and up. Needs `CAP_SETUID` and
+    /// `CAP_SETGID`.
+    pub fn create(range: IdRange) -> Result<Self, UserNamespaceError> {
+        let failed = |errno: nix::Error| UserNamespaceError::Create(errno.into());
+        // A namespace is made by a process in it; this one does nothing else.
+        let (end, wait) = pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(failed)?;
+        let child = first_process(&end, &wait).map_err(failed)?;
+        drop(end);
+        let made = Self::map(child, range);
+        // Lets the child end; whoever reaps this process's children reaps it.
+        drop(wait);
+        made
+    }
+
+    fn map(child: Pid, range: IdRange) -> Result<Self, UserNamespaceError> {
+        for map in ["uid_map", "gid_map"] {
+            fs::write(format!("/proc/{child}/{map}"), format!("{range}\n"))
+                .map_err(|source| UserNamespaceError::Map { range, source })?;
+        }
+        let fd = fs::File::open(format!("/proc/{child}/ns/user"))
+            .map_err(UserNamespaceError::Create)?
+            .into();
+        Ok(Self { fd, range })
+    }
+
+    /// The ids that it maps.
+    pub fn range(&self) -> IdRange {
+        self.range
+    }
+}
+
+impl AsFd for UserNamespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Starts a process in a new user namespace, which ends when the writing end of the pipe is closed.
+fn first_process(end: &OwnedFd, wait: &OwnedFd) -> nix::Result<Pid> {
+    use std::os::fd::AsRawFd;
+    let flags = libc::CLONE_NEWUSER | libc::SIGCHLD;
+    // SAFETY: without CLONE_VM and with a null stack this is fork(2). The child makes nothing but
+    // system calls.
+    let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    if child != 0 {
+        let child = i32::try_from(nix::errno::Errno::result(child)?);
+        return child.map(Pid::from_raw).map_err(|_| nix::Error::ESRCH);
+    }
+    let mut byte = 0_u8;
+    // SAFETY: plain system calls of the child, on descriptors that it has inherited and into its
+    // own memory. Its own copy of the writing end would keep the pipe open.
+    unsafe {
+        libc::close(wait.as_raw_fd());
+        libc::read(end.as_raw_fd(), (&raw mut byte).cast(), 1);
+        libc::_exit(0)
+    }
+}
+
+/// Runs `spawn`, whose child becomes the first process of a new PID namespace. Processes that are
+/// started later are not in it.
+///
+/// The namespace belongs to the calling thread's user namespace, where `CAP_SYS_ADMIN` is needed.
+pub fn in_new_pid_namespace<T>(spawn: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let own = fs::File::open("/proc/self/ns/pid")?;
+    nix::sched::unshare(CloneFlags::CLONE_NEWPID)?;
+    let spawned = spawn();
+    setns(own, CloneFlags::CLONE_NEWPID)?;
+    spawned
+}
