@@ -44,6 +44,7 @@ const PATCH: &str = concat!(
     include_str!("../patches/fuse-no-capabilities.patch"),
     include_str!("../patches/fuse-exclusive-create.patch"),
     include_str!("../patches/virtio-mmio-no-ack.patch"),
+    include_str!("../patches/vsock-initial-network.patch"),
 );
 
 /// Variables for make. Who built the kernel, where and when is fixed: the image depends on its

@@ -26,6 +26,7 @@ use crate::{
     events::Events,
     logging,
     pod::{Pod, PodSettings},
+    privileges,
     service::Service,
     spec::Spec,
     text,
@@ -63,6 +64,8 @@ pub struct Daemon {
 /// Why the daemon cannot work.
 #[derive(Debug, Error)]
 enum DaemonError {
+    #[error("Cannot drop capabilities")]
+    Privileges(#[source] io::Error),
     #[error("Cannot set up the runtime")]
     Runtime(#[source] io::Error),
     #[error("Cannot serve the task API")]
@@ -79,6 +82,9 @@ pub fn run(settings: Daemon, spec: &Spec, listener: net::UnixListener) -> ExitCo
         Err(_) => Level::INFO,
     };
     logging::start(&settings.bundle, level);
+    if let Err(error) = privileges::restrict() {
+        return failed(&DaemonError::Privileges(error.into()), &settings.address);
+    }
     // What a container's helper leaves behind is reaped here rather than by containerd.
     if let Err(errno) = nix::sys::prctl::set_child_subreaper(true) {
         tracing::warn!(%errno, "Cannot become a subreaper");

@@ -30,6 +30,7 @@ pub mod info;
 pub mod logging;
 pub mod mounts;
 pub mod pod;
+pub mod privileges;
 pub mod process;
 pub mod rootfs;
 pub mod service;

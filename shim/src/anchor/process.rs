@@ -22,13 +22,8 @@ use nix::{
     unistd::{chdir, pivot_root},
 };
 
-use rustix::thread::{
-    CapabilitySet, CapabilitySets, remove_capability_from_bounding_set, set_capabilities,
-    set_no_new_privs,
-};
-
 use super::{FAILED, READY};
-use crate::child::KILLED;
+use crate::{child::KILLED, privileges};
 
 /// What `ps` shows; the kernel keeps 15 bytes.
 const NAME: &std::ffi::CStr = c"bulkhead-anchor";
@@ -81,7 +76,8 @@ fn set_up(cgroup: &OsStr, network: &OsStr) -> Result<SignalFd, (&'static str, io
         setns(namespace, CloneFlags::CLONE_NEWNET).map_err(at(step))?;
     }
     empty_root().map_err(at("cannot set up an empty root"))?;
-    drop_privileges().map_err(at("cannot drop privileges"))?;
+    // Nothing is left but the user id, by which `ps` and others tell whose a container is.
+    privileges::renounce().map_err(at("cannot drop privileges"))?;
 
     let all = SigSet::all();
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all), None).map_err(at("cannot block signals"))?;
@@ -109,25 +105,6 @@ fn empty_root() -> nix::Result<()> {
     pivot_root(".", ".")?;
     umount2(".", MntFlags::MNT_DETACH)?;
     chdir("/")
-}
-
-/// Keeps nothing but the user id, by which `ps` and others tell whose a container is.
-fn drop_privileges() -> rustix::io::Result<()> {
-    for capability in CapabilitySet::all().iter() {
-        match remove_capability_from_bounding_set(capability) {
-            // A capability that this kernel does not have yet.
-            Ok(()) | Err(rustix::io::Errno::INVAL) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
-    let none = CapabilitySet::empty();
-    let sets = CapabilitySets {
-        effective: none,
-        permitted: none,
-        inheritable: none,
-    };
-    set_capabilities(None, sets)?;
-    set_no_new_privs(true)
 }
 
 /// Passes signals on until the shim tells the exit code, or is gone.

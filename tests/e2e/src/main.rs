@@ -12,6 +12,7 @@ mod differences;
 mod harness;
 mod host;
 mod pattern;
+mod posture;
 mod probe;
 mod residue;
 mod terminal;

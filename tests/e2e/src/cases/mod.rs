@@ -5,6 +5,7 @@ mod basic;
 mod crash;
 mod failures;
 mod io;
+mod jail;
 mod lifecycle;
 mod parity;
 
@@ -60,6 +61,7 @@ pub fn all() -> Vec<Case> {
         io::cases(),
         lifecycle::cases(),
         parity::cases(),
+        jail::cases(),
         apps::cases(),
         failures::cases(),
         crash::cases(),
