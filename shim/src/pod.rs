@@ -209,6 +209,7 @@ impl Pod {
         };
         // A pod is started once.
         let _ = self.confinement.set(confinement);
+        self.timeline.reached(Phase::PodIdentified);
         let guest = verified(&config).await?;
         if let Some(error) = &guest.cache_error {
             let error = text::chain(error);
@@ -277,8 +278,18 @@ impl Pod {
     async fn measure(self: Arc<Self>, agent: AgentClient) {
         let counters = self.counters().await.ok();
         if let Some(counters) = &counters {
-            self.timeline
-                .reached_at(Phase::KernelEntered, counters.entered_ns);
+            let jail = &counters.jail;
+            for (phase, at_ns) in [
+                (Phase::VmmStarted, jail.started_ns),
+                (Phase::VmmLimited, jail.limited_ns),
+                (Phase::VmmSeparated, jail.separated_ns),
+                (Phase::VmmRooted, jail.rooted_ns),
+                (Phase::VmmJoined, jail.joined_ns),
+                (Phase::VmmJailed, jail.jailed_ns),
+                (Phase::KernelEntered, counters.entered_ns),
+            ] {
+                self.timeline.reached_at(phase, at_ns);
+            }
         }
         let guest = agent.info().await.ok().map(|info| GuestTimes {
             agent_started_ns: info.started_ns,

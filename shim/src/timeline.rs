@@ -32,8 +32,22 @@ pub enum Phase {
     ShimStart,
     /// The daemon began to run.
     ShimDaemon,
+    /// The pod has ids, a user namespace and a cgroup.
+    PodIdentified,
     /// The VMM's process was started.
     VmmSpawned,
+    /// It began to run.
+    VmmStarted,
+    /// Its resource limits were set.
+    VmmLimited,
+    /// It was in namespaces of its own.
+    VmmSeparated,
+    /// It was in its empty root.
+    VmmRooted,
+    /// It had joined the pod's user namespace.
+    VmmJoined,
+    /// It had nothing left to give up.
+    VmmJailed,
     /// The VMM has built the VM.
     VmmBooted,
     /// Just before the first instruction of the guest.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use bulkhead_fs::{FileServer, FsError, ShareOptions};
-use bulkhead_vmm_control::{Counters, VmConfig};
+use bulkhead_vmm_control::{Counters, JailTimes, VmConfig};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
 };
@@ -255,9 +255,10 @@ impl Vm {
         self.file_server.unshare(name)
     }
 
-    /// The counts of this moment.
+    /// The counts of this moment. Of the process's jail the VM knows nothing.
     pub fn counters(&self) -> Counters {
         Counters {
+            jail: JailTimes::default(),
             exits: self.exit_counters.iter().map(ExitCounter::read).sum(),
             user_exits: self.vcpu_stats.user_exits.load(Ordering::Relaxed),
             entered_ns: self.vcpu_stats.entered_ns.load(Ordering::Relaxed),

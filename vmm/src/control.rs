@@ -10,7 +10,8 @@ use std::{
 
 use bulkhead_fs::ShareOptions;
 use bulkhead_vmm_control::{
-    Channel, ChannelError, Event, FromVmm, Packet, Reply, Request, StopReason, VmConfig,
+    Channel, ChannelError, Counters, Event, FromVmm, JailTimes, Packet, Reply, Request, StopReason,
+    VmConfig,
 };
 use rustix::event::{PollFd, PollFlags, poll};
 use thiserror::Error;
@@ -74,13 +75,15 @@ enum Notice {
 }
 
 /// Serves the control socket until the VM has stopped or the other end is closed. The file server
-/// works with `proc_self_fd`, an `O_PATH` descriptor of `/proc/self/fd`.
-pub fn serve(channel: Channel, proc_self_fd: OwnedFd) -> Result<(), ServeError> {
+/// works with `proc_self_fd`, an `O_PATH` descriptor of `/proc/self/fd`; `jail` is told when asked for
+/// counters.
+pub fn serve(channel: Channel, proc_self_fd: OwnedFd, jail: JailTimes) -> Result<(), ServeError> {
     let (notices, heard) = mpsc::sync_channel(NOTICES);
     let wake = EventFd::new(EFD_NONBLOCK).map_err(ServeError::EventFd)?;
     let mut server = Server {
         channel,
         proc_self_fd,
+        jail,
         vm: None,
         notices,
         heard,
@@ -102,6 +105,7 @@ pub fn serve(channel: Channel, proc_self_fd: OwnedFd) -> Result<(), ServeError> 
 struct Server {
     channel: Channel,
     proc_self_fd: OwnedFd,
+    jail: JailTimes,
     vm: Option<Vm>,
     notices: mpsc::SyncSender<Notice>,
     heard: mpsc::Receiver<Notice>,
@@ -206,7 +210,13 @@ impl Server {
                     .unshare(&name)
                     .map_err(|source| RequestError::Unshare { name, source })?;
             }
-            Request::Counters => return Ok(Reply::Counters(self.vm()?.counters())),
+            Request::Counters => {
+                let counters = Counters {
+                    jail: self.jail,
+                    ..self.vm()?.counters()
+                };
+                return Ok(Reply::Counters(counters));
+            }
         }
         Ok(Reply::Done)
     }

@@ -10,7 +10,7 @@ use std::{
     os::fd::{FromRawFd, OwnedFd},
 };
 
-use bulkhead_vmm_control::{CONTROL_FD, FIRST_FREE_FD, USER_NAMESPACE_FD};
+use bulkhead_vmm_control::{CONTROL_FD, FIRST_FREE_FD, JailTimes, USER_NAMESPACE_FD};
 use landlock::{
     ABI, Access, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError, Scope,
 };
@@ -31,6 +31,8 @@ use rustix::{
     },
 };
 use thiserror::Error;
+
+use crate::vcpu::monotonic_ns;
 
 /// What the file server needs, in the pod's user namespace, to do for a guest what root does: own
 /// files for others, be asked for no permission, and take on a caller's identity.
@@ -105,11 +107,14 @@ pub struct Inside {
     pub control: OwnedFd,
     /// `/proc/self/fd` as a mount of its own that leads nowhere else.
     pub proc_self_fd: OwnedFd,
+    /// How long it took to get here.
+    pub times: JailTimes,
 }
 
 /// Enters the jail. The process must be as the shim starts it ([`bulkhead_vmm_control::Launch`]):
 /// root, with one thread, first in a PID namespace.
 pub fn enter() -> Result<Inside, JailError> {
+    let started_ns = monotonic_ns();
     let control = inherited("a control socket", CONTROL_FD)?;
     let user_namespace = inherited("a user namespace", USER_NAMESPACE_FD)?;
     close_others()?;
@@ -119,12 +124,16 @@ pub fn enter() -> Result<Inside, JailError> {
     for (resource, value) in LIMITS {
         limit(resource, value).map_err(failed("set the limits of the process"))?;
     }
+    let limited_ns = monotonic_ns();
     // Made by root of the host, these belong to its user namespace: the process keeps no rights
     // over them.
     // SAFETY: the flags leave the descriptor table shared with no one as it is.
     unsafe { unshare_unsafe(NAMESPACES) }.map_err(failed("create namespaces"))?;
+    let separated_ns = monotonic_ns();
     let proc_self_fd = leave_files()?;
+    let rooted_ns = monotonic_ns();
     join(user_namespace)?;
+    let joined_ns = monotonic_ns();
     drop_capabilities()?;
     set_no_new_privs(true).map_err(failed("set no_new_privs"))?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
@@ -137,6 +146,14 @@ pub fn enter() -> Result<Inside, JailError> {
     Ok(Inside {
         control,
         proc_self_fd,
+        times: JailTimes {
+            started_ns,
+            limited_ns,
+            separated_ns,
+            rooted_ns,
+            joined_ns,
+            jailed_ns: monotonic_ns(),
+        },
     })
 }
 

@@ -17,6 +17,10 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let inside = jail::enter()?;
-    control::serve(Channel::from(inside.control), inside.proc_self_fd)?;
+    control::serve(
+        Channel::from(inside.control),
+        inside.proc_self_fd,
+        inside.times,
+    )?;
     Ok(())
 }

@@ -15,5 +15,7 @@ mod user_namespace;
 
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_MESSAGE, Packet};
 pub use launch::{CONTROL_FD, FIRST_FREE_FD, Launch, USER_NAMESPACE_FD};
-pub use message::{Counters, DeviceCounters, Event, FromVmm, Reply, Request, StopReason, VmConfig};
+pub use message::{
+    Counters, DeviceCounters, Event, FromVmm, JailTimes, Reply, Request, StopReason, VmConfig,
+};
 pub use user_namespace::{IdRange, UserNamespace, UserNamespaceError, in_new_pid_namespace};

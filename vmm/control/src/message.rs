@@ -94,8 +94,28 @@ pub struct Counters {
     pub user_exits: u64,
     /// `CLOCK_MONOTONIC` of the host, in nanoseconds, just before the first `KVM_RUN`.
     pub entered_ns: u64,
+    /// When the VMM's process was confined.
+    pub jail: JailTimes,
     /// Per device, by name.
     pub devices: std::collections::BTreeMap<String, DeviceCounters>,
+}
+
+/// When each part of the jail was done: `CLOCK_MONOTONIC` of the host, in nanoseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JailTimes {
+    /// The process began to run.
+    pub started_ns: u64,
+    /// Resource limits were set.
+    pub limited_ns: u64,
+    /// It was in namespaces of its own.
+    pub separated_ns: u64,
+    /// It was in the empty root.
+    pub rooted_ns: u64,
+    /// It had joined the pod's user namespace.
+    pub joined_ns: u64,
+    /// Nothing was left to give up.
+    pub jailed_ns: u64,
 }
 
 /// What one device has counted.

@@ -65,7 +65,7 @@ fn ownership(setting: &Setting) -> Result<()> {
         Ok::<_, anyhow::Error>(without_times(&description))
     };
     let (runc, tested) = (written(RUNC)?, written(&setting.runtime)?);
-    ensure!(runc.contains("w/max 100640 65535:65534"), "{runc}");
+    ensure!(runc.contains("w/max 100644 65535:65534"), "{runc}");
     ensure!(
         runc == tested,
         "under runc:\n{runc}under the runtime under test:\n{tested}"
