@@ -8,9 +8,11 @@
 //! request is [`Request::Boot`], and there is only one. Between replies the VMM sends [`Event`]s.
 //! When either end closes, the other side's owner ends the VM.
 
+mod capabilities;
 mod channel;
 mod message;
 
+pub use capabilities::NEEDED_CAPABILITIES;
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_MESSAGE, Packet};
 pub use message::{Counters, DeviceCounters, Event, FromVmm, Reply, Request, StopReason, VmConfig};
 
