@@ -9,12 +9,15 @@
 //! - [`anchor`]: the process that stands for a container's process on the host.
 //! - [`delete`]: cleans up what a crashed daemon left.
 //! - [`info`]: tells containerd 2 what this is.
+//!
+//! A second executable, `bulkhead`, is for people: [`check`] tries the host.
 
 pub mod address;
 pub mod agent_client;
 pub mod anchor;
 pub mod args;
 pub mod cgroup;
+pub mod check;
 pub mod child;
 pub mod config;
 pub mod container;
