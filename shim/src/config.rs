@@ -12,7 +12,7 @@ use thiserror::Error;
 use crate::ids::IdSpace;
 
 /// Where the configuration is, unless [`PATH_VARIABLE`] names another file.
-const PATH: &str = "/etc/bulkhead/config.toml";
+pub const PATH: &str = "/etc/bulkhead/config.toml";
 
 /// Environment variable with another path of the configuration, to try one without touching the
 /// machine's. containerd hands its own environment to its shims, so only its owner can set it.

@@ -9,6 +9,8 @@
 //! - [`anchor`]: the process that stands for a container's process on the host.
 //! - [`delete`]: cleans up what a crashed daemon left.
 //! - [`info`]: tells containerd 2 what this is.
+//!
+//! A second executable, `bulkhead`, is for people: [`check`] tries the host.
 
 pub mod address;
 pub mod agent_client;
@@ -16,6 +18,7 @@ pub mod anchor;
 pub mod args;
 pub mod assembly;
 pub mod cgroup;
+pub mod check;
 pub mod child;
 pub mod config;
 pub mod container;

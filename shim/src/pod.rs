@@ -49,7 +49,7 @@ pub const SHUT_DOWN: &str = "it was shut down";
 const KVM: &str = "/dev/kvm";
 
 /// Name of the memory of verified files, in the state directory of all pods.
-const VERIFIED: &str = "verified.json";
+pub const VERIFIED: &str = "verified.json";
 
 /// Why a pod is not there.
 #[derive(Debug, Clone, Error)]

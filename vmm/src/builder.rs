@@ -8,7 +8,7 @@ use std::{
 };
 
 use bulkhead_fs::{FileServer, FsError, ShareOptions};
-use bulkhead_vmm_control::{Counters, JailTimes, VmConfig};
+use bulkhead_vmm_control::{Counters, JailTimes, NEEDED_CAPABILITIES, VmConfig};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
 };
@@ -54,17 +54,6 @@ const FS_TAG: &str = "bulkhead";
 
 /// The most threads that serve files.
 const MAX_FS_THREADS: usize = 4;
-
-/// What KVM on this host must be able to do.
-const NEEDED: [(Cap, &str); 7] = [
-    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD"),
-    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
-    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
-    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
-];
 
 /// Failures to build a VM.
 #[derive(Debug, Error)]
@@ -391,7 +380,8 @@ fn open_kvm(fd: OwnedFd, vcpus: u8) -> Result<Kvm, BuildError> {
     if u32::try_from(version) != Ok(KVM_API_VERSION) {
         return Err(BuildError::KvmVersion(version));
     }
-    if let Some((_, name)) = NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+    let lacks = |number: u32| kvm.check_extension_raw(number.into()) <= 0;
+    if let Some((_, name)) = NEEDED_CAPABILITIES.iter().find(|(cap, _)| lacks(*cap)) {
         return Err(BuildError::KvmLacks(name));
     }
     let most = kvm.get_max_vcpus().min(mptable::MAX_CPUS.into());

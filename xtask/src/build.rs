@@ -15,7 +15,7 @@ const BUILD_PACKAGES: &[&str] = &["busybox-static", "gcc", "libc6-dev", "libsecc
 
 /// Where the shipped files are after a build.
 pub struct Built {
-    /// The directory of the shim and the VMM.
+    /// The directory of the shim, the VMM and the command.
     pub programs: PathBuf,
     /// The directory of the guest's kernel, initramfs and manifest.
     pub guest: PathBuf,
@@ -30,7 +30,7 @@ pub fn install_packages() -> Result<()> {
 pub fn build() -> Result<Built> {
     install_packages()?;
 
-    let step = Step::announce("Building the shim, the VMM and the agent");
+    let step = Step::announce("Building the programs");
     let mut programs = cargo();
     programs.args(["build", "--release"]);
     for package in ["bulkhead-shim", "bulkhead-vmm", "bulkhead-agent"] {

@@ -11,8 +11,11 @@ use tempfile::NamedTempFile;
 
 use crate::build::{self, Built};
 
-/// Where containerd finds runtimes and Bulkhead its VMM.
+/// Where containerd finds runtimes, Bulkhead its VMM and people the command.
 const PROGRAMS: &str = "usr/local/bin";
+
+/// The programs.
+const PROGRAM_NAMES: [&str; 3] = ["bulkhead", "bulkhead-vmm", "containerd-shim-bulkhead-v2"];
 
 /// Where the shim looks for the guest's files.
 const GUEST: &str = "usr/lib/bulkhead";
@@ -31,7 +34,7 @@ pub fn run(root: &Path) -> Result<i32> {
 
 /// Copies the built files below `root`; a configuration that is there stays as it is.
 pub fn install(built: &Built, root: &Path) -> Result<()> {
-    for program in ["containerd-shim-bulkhead-v2", "bulkhead-vmm"] {
+    for program in PROGRAM_NAMES {
         let content = read(&built.programs.join(program))?;
         place(&content, 0o755, &root.join(PROGRAMS).join(program))?;
     }
@@ -84,13 +87,8 @@ mod tests {
     use super::*;
 
     fn built(directory: &Path) -> Built {
-        for file in [
-            "containerd-shim-bulkhead-v2",
-            "bulkhead-vmm",
-            VMLINUX,
-            INITRAMFS,
-            MANIFEST,
-        ] {
+        let files = [VMLINUX, INITRAMFS, MANIFEST];
+        for file in PROGRAM_NAMES.into_iter().chain(files) {
             fs::write(directory.join(file), file).unwrap();
         }
         Built {
@@ -104,13 +102,11 @@ mod tests {
         let from = tempfile::tempdir().unwrap();
         let root = tempfile::tempdir().unwrap();
         install(&built(from.path()), root.path()).unwrap();
-        let shim = root
-            .path()
-            .join("usr/local/bin/containerd-shim-bulkhead-v2");
-        assert_eq!(
-            fs::metadata(shim).unwrap().permissions().mode() & 0o777,
-            0o755
-        );
+        for program in ["bulkhead", "bulkhead-vmm", "containerd-shim-bulkhead-v2"] {
+            let path = root.path().join("usr/local/bin").join(program);
+            let mode = fs::metadata(path).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o755, "{program}");
+        }
         assert!(root.path().join("usr/lib/bulkhead/manifest.json").exists());
         assert!(root.path().join("etc/bulkhead/config.toml").exists());
     }

@@ -79,6 +79,11 @@ pub fn main(executable: &str) {
                 },
             );
         }
+        "silent" => {
+            reply(&channel, Reply::Done);
+            fs::write(Path::new(executable).with_file_name("up"), "up").unwrap();
+            let _ = channel.receive::<Request>();
+        }
         "slow" => {
             // Opens when the test opens the other end.
             fs::File::open(Path::new(executable).with_file_name("go")).unwrap();
@@ -282,7 +287,12 @@ fn listing(root: i32) -> String {
 #[async_trait]
 impl Agent for FakeAgent {
     async fn info(&self, _: &TtrpcContext, _: InfoRequest) -> ttrpc::Result<InfoResponse> {
-        Ok(InfoResponse::default())
+        Ok(InfoResponse {
+            version: "fake".into(),
+            // More than a line, as only a hostile guest says.
+            kernel_release: "6.12-fake\nok".into(),
+            ..InfoResponse::default()
+        })
     }
 
     async fn create_container(

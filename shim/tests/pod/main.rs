@@ -1,6 +1,7 @@
 //! Whole pods against a VMM without a VM: life-cycles, failures, crashes, and that nothing is
 //! left after any of them. Needs root, but neither KVM nor containerd.
 
+mod check;
 mod containerd;
 mod crashes;
 mod fake_vmm;
@@ -44,6 +45,9 @@ fn trials() -> Vec<Trial> {
         trial("an_abandoned_creation_ends_the_pod", crashes::abandoned),
         trial("boot_failures_are_told", crashes::boot_failures),
         trial("a_host_without_kvm_is_told", crashes::no_kvm),
+        trial("a_check_tries_a_guest_and_leaves_nothing", check::boots),
+        trial("a_check_tells_what_failed_and_the_fix", check::failures),
+        trial("an_interrupted_check_leaves_nothing", check::interrupted),
     ]
 }
 

@@ -8,11 +8,13 @@
 //! request is [`Request::Boot`], and there is only one. Between replies the VMM sends [`Event`]s.
 //! When either end closes, the other side's owner ends the VM.
 
+mod capabilities;
 mod channel;
 mod launch;
 mod message;
 mod user_namespace;
 
+pub use capabilities::NEEDED_CAPABILITIES;
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_MESSAGE, Packet};
 pub use launch::{CONTROL_FD, FIRST_FREE_FD, Launch, USER_NAMESPACE_FD};
 pub use message::{

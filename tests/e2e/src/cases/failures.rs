@@ -125,13 +125,13 @@ impl Drop for Config {
 }
 
 /// A copy of the guest's files that may be damaged, and a configuration that names it.
-struct Guest {
+pub struct Guest {
     directory: TempDir,
     _config: Config,
 }
 
 impl Guest {
-    fn copy() -> Result<Self> {
+    pub fn copy() -> Result<Self> {
         let directory = tempfile::tempdir_in("/var/tmp")?;
         for name in [VMLINUX, INITRAMFS, MANIFEST] {
             fs::copy(Path::new(GUEST).join(name), directory.path().join(name))
@@ -144,12 +144,12 @@ impl Guest {
         })
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
     /// Changes one bit in the middle of a file, and neither its size nor its times.
-    fn damage(&self, name: &str) -> Result<()> {
+    pub fn damage(&self, name: &str) -> Result<()> {
         let path = self.path(name);
         let file = File::options().read(true).write(true).open(&path)?;
         let metadata = file.metadata()?;

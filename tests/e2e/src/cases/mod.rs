@@ -2,6 +2,7 @@
 
 mod apps;
 mod basic;
+mod check;
 mod crash;
 mod failures;
 mod io;
@@ -58,6 +59,7 @@ const fn bulkhead(name: &'static str, run: fn(&Setting) -> Result<()>) -> Case {
 pub fn all() -> Vec<Case> {
     [
         basic::cases(),
+        check::cases(),
         io::cases(),
         lifecycle::cases(),
         parity::cases(),
