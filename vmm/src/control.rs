@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::{
     builder::{self, BuildError, Callbacks, Resources, Vm},
     devices::event_loop,
+    seccomp::{Filter, SeccompError},
     vcpu::Stop,
 };
 
@@ -54,6 +55,8 @@ enum RequestError {
     ProcSelfFd(#[source] io::Error),
     #[error(transparent)]
     Build(#[from] BuildError),
+    #[error(transparent)]
+    Confine(#[from] SeccompError),
     #[error("Cannot share {name}")]
     Share {
         name: String,
@@ -230,7 +233,10 @@ impl Server {
             console,
             proc_self_fd: open_proc_self_fd()?,
         };
-        self.vm = Some(builder::build(config, resources, self.callbacks())?);
+        let vm = builder::build(config, resources, self.callbacks())?;
+        // The other threads have theirs.
+        Filter::Main.install()?;
+        self.vm = Some(vm);
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use std::{
     process::ExitCode,
 };
 
-use bulkhead_vmm::control;
+use bulkhead_vmm::{control, seccomp::Filter};
 use bulkhead_vmm_control::{CONTROL_FD, Channel};
 use rustix::{
     io::{FdFlags, fcntl_getfd, fcntl_setfd},
@@ -21,6 +21,10 @@ fn main() -> ExitCode {
         );
         return ExitCode::FAILURE;
     };
+    if let Err(error) = Filter::Setup.install() {
+        eprintln!("bulkhead-vmm: {}", control::one_line(&error));
+        return ExitCode::FAILURE;
+    }
     match control::serve(channel) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
