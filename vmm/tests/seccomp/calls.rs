@@ -125,6 +125,7 @@ fn devices() -> Vec<Call> {
         read(-1),
         socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC),
         ioctl(-1, FIONBIO),
+        sendto(-1, 0, 0, MSG_NOSIGNAL),
         shutdown(-1),
     ]
 }
@@ -270,6 +271,7 @@ pub fn never() -> Vec<Call> {
         accept4(-1),
         setsockopt(-1),
         getsockopt(-1),
+        sendto(-1, 0, 0, MSG_NOSIGNAL, i64::from(u32::MAX) + 1),
         sendmmsg(-1),
         recvmsg(-1),
         // Namespaces, mounts, identity.
