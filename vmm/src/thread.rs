@@ -66,3 +66,25 @@ pub fn start(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[test]
+    fn a_thread_that_is_not_ready_does_no_work() {
+        let worked = Arc::new(Mutex::new(false));
+        let start = |prepared: Result<(), FsError>| {
+            let worked = worked.clone();
+            let work = move || *worked.lock().unwrap() = true;
+            start("test".to_owned(), Filter::Fs, || prepared, work)
+        };
+        let error = start(Err(FsError::Unknown(String::new()))).unwrap_err();
+        assert!(matches!(error, ThreadError::Prepare(..)), "{error}");
+        assert!(!*worked.lock().unwrap());
+        start(Ok(())).unwrap().join().unwrap();
+        assert!(*worked.lock().unwrap());
+    }
+}
