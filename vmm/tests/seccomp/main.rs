@@ -8,7 +8,6 @@ mod files;
 mod guest;
 
 use std::{
-    collections::BTreeSet,
     env,
     os::unix::process::ExitStatusExt,
     process::{Command, ExitCode, Output},
@@ -105,21 +104,23 @@ fn setup() -> Outcome {
         .try_for_each(|call| is_stopped("setup", call))
 }
 
-/// The lists of calls above have an example of every call in the policy, and of no other.
+/// There is an example for each rule of the policy, and none for what has no rule.
 fn every_rule_is_tried() -> Outcome {
     let policy: Value = serde_json::from_str(include_str!("../../seccomp.json")).unwrap();
     let lists = FILTERS.iter().map(|(name, calls)| (*name, calls()));
-    for (name, calls) in lists.chain([("common", calls::common()), ("setup", calls::setup())]) {
-        let tried: BTreeSet<&str> = calls.iter().map(|call| call.name).collect();
-        let rules = policy[name].as_array().unwrap().iter();
-        let ruled: BTreeSet<&str> = rules
+    for (list, calls) in lists.chain([("common", calls::common()), ("setup", calls::setup())]) {
+        let rules = policy[list].as_array().unwrap().iter();
+        let ruled: Vec<&str> = rules
             .map(|rule| rule["syscall"].as_str().unwrap())
             // Nothing returns from these.
             .filter(|call| !["rt_sigreturn", "exit", "exit_group"].contains(call))
             .collect();
-        if tried != ruled {
-            let difference: Vec<_> = tried.symmetric_difference(&ruled).collect();
-            return Err(format!("{name}: {difference:?}").into());
+        let tried: Vec<&str> = calls.iter().map(|call| call.name).collect();
+        for name in ruled.iter().chain(&tried) {
+            let count = |all: &[&str]| all.iter().filter(|other| *other == name).count();
+            if count(&tried) < count(&ruled).max(1) || count(&ruled) == 0 {
+                return Err(format!("{list}: {name}").into());
+            }
         }
     }
     Ok(())
