@@ -148,8 +148,9 @@ pub struct Vm {
     _memory: GuestMemory,
 }
 
-/// Builds a VM up to the point where its vCPUs can run. All threads exist afterwards and all of
-/// them wait, so that the process can give up rights before [`Vm::run`].
+/// Builds a VM up to the point where its vCPUs can run. All threads exist afterwards, each under the
+/// system call filter that it works with, and all of them wait, so that the process can give up
+/// rights before [`Vm::run`].
 pub fn build(
     config: &VmConfig,
     resources: Resources,

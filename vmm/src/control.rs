@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::{
     builder::{self, BuildError, Callbacks, Resources, Vm},
     devices::event_loop,
+    seccomp::{Filter, SeccompError},
     vcpu::Stop,
 };
 
@@ -54,6 +55,8 @@ enum RequestError {
     ProcSelfFd(#[source] io::Error),
     #[error(transparent)]
     Build(#[from] BuildError),
+    #[error(transparent)]
+    Confine(#[from] SeccompError),
     #[error("Cannot share {name}")]
     Share {
         name: String,
@@ -245,7 +248,10 @@ impl Server {
                 .try_clone()
                 .map_err(RequestError::ProcSelfFd)?,
         };
-        self.vm = Some(builder::build(config, resources, self.callbacks())?);
+        let vm = builder::build(config, resources, self.callbacks())?;
+        // The other threads have theirs.
+        Filter::Main.install()?;
+        self.vm = Some(vm);
         Ok(())
     }
 

@@ -10,6 +10,8 @@
 //! | `devices` | vsock, rng, console: never waits for anything outside |
 //! | `fs` (a few) | files: may wait for a disk |
 //!
+//! Each thread may make only the system calls of its [`seccomp::Filter`].
+//!
 //! The guest is hostile. Every address, length and index from it is checked before use; a device
 //! whose rules it breaks stops until it is reset.
 
@@ -25,6 +27,8 @@ pub mod devices;
 pub mod jail;
 pub mod kernel;
 pub mod memory;
+pub mod seccomp;
+pub mod thread;
 pub mod vcpu;
 
 pub use builder::Vm;

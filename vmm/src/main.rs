@@ -2,7 +2,7 @@
 
 use std::{error::Error, process::ExitCode};
 
-use bulkhead_vmm::{control, jail};
+use bulkhead_vmm::{control, jail, seccomp::Filter};
 use bulkhead_vmm_control::Channel;
 
 fn main() -> ExitCode {
@@ -17,6 +17,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let inside = jail::enter()?;
+    Filter::Setup.install()?;
     control::serve(
         Channel::from(inside.control),
         inside.proc_self_fd,

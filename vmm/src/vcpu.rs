@@ -7,15 +7,20 @@ use std::{
         atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
         mpsc,
     },
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
+    time::Duration,
 };
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use rustix::time::{ClockId, clock_gettime};
+use nix::time::{ClockId, clock_gettime};
 use thiserror::Error;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use crate::bus::Bus;
+use crate::{
+    bus::Bus,
+    seccomp::Filter,
+    thread::{self, ThreadError},
+};
 
 /// Why a vCPU could not go on, or could not be started.
 #[derive(Debug, Error)]
@@ -56,14 +61,8 @@ pub enum VcpuError {
         exit: String,
     },
     /// The thread could not be started.
-    #[error("Cannot start the thread of vCPU {index}")]
-    Thread {
-        /// Which vCPU.
-        index: u8,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Thread(#[from] ThreadError),
     /// The signal that interrupts `KVM_RUN` could not be prepared.
     #[error("Cannot install the signal handler of vCPUs")]
     Signal(#[source] io::Error),
@@ -117,18 +116,16 @@ impl Vcpu {
         let stopping = Arc::new(AtomicBool::new(false));
         let stop = stopping.clone();
         let (start, started) = mpsc::channel();
-        let thread = thread::Builder::new()
-            .name(format!("vcpu{index}"))
-            .spawn(move || {
-                if started.recv().is_ok()
-                    && let Some(reason) = run(index, &mut fd, &bus, &stats, &stop)
-                {
-                    on_stop(reason);
-                }
-                while started.recv().is_ok() {}
-                drop(fd);
-            })
-            .map_err(|source| VcpuError::Thread { index, source })?;
+        let work = move || {
+            if started.recv().is_ok()
+                && let Some(reason) = run(index, &mut fd, &bus, &stats, &stop)
+            {
+                on_stop(reason);
+            }
+            while started.recv().is_ok() {}
+            drop(fd);
+        };
+        let thread = thread::start(format!("vcpu{index}"), Filter::Vcpu, || Ok(()), work)?;
         Ok(Self {
             start: Some(start),
             stopping,
@@ -225,7 +222,7 @@ fn internal_error(index: u8, fd: &mut VcpuFd) -> VcpuError {
 
 /// `CLOCK_MONOTONIC` in nanoseconds.
 pub(crate) fn monotonic_ns() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
-    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+    // Not rustix's, which looks for the vDSO at the first call, by way of a file if need be.
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }

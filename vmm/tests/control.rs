@@ -2,9 +2,12 @@
 //! a few instructions long.
 
 use std::{
-    fs::File,
-    io::Write,
-    os::fd::{AsFd, BorrowedFd},
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::{fs::OpenOptionsExt, process::CommandExt},
+    },
     process::{Child, Command, Stdio},
 };
 
@@ -12,6 +15,7 @@ use bulkhead_vmm_control::{
     Channel, Event, FromVmm, IdRange, Launch, Packet, Reply, Request, StopReason, UserNamespace,
     VmConfig, in_new_pid_namespace,
 };
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
 
 /// Writes "hi" to the serial port, and then meets an exception without an interrupt table: a triple
 /// fault.
@@ -31,6 +35,11 @@ struct Vmm {
 
 impl Vmm {
     fn start() -> Self {
+        Self::start_under(Vec::new())
+    }
+
+    /// Starts it under system call filters of ours.
+    fn start_under(filters: Vec<BpfProgram>) -> Self {
         let (channel, theirs) = Channel::pair().unwrap();
         let range = IdRange {
             first: 0x7000_0000,
@@ -44,7 +53,16 @@ impl Vmm {
             oom_score_adj: None,
         };
         let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-vmm"));
-        launch.prepare(&mut command, Stdio::inherit());
+        launch.prepare(&mut command, Stdio::piped());
+        // SAFETY: prctl(2) and seccomp(2) are async-signal-safe.
+        unsafe {
+            command.pre_exec(move || {
+                filters
+                    .iter()
+                    .try_for_each(|filter| apply_filter(filter))
+                    .map_err(|_| io::Error::last_os_error())
+            });
+        }
         let process = in_new_pid_namespace(|| command.spawn()).unwrap();
         Self { process, channel }
     }
@@ -66,6 +84,15 @@ impl Vmm {
     fn boot(&self, config: &VmConfig, files: &[File]) -> Reply {
         self.ask(&Request::Boot(config.clone()), files)
     }
+
+    /// What it has said, once it has ended.
+    fn last_words(&mut self) -> String {
+        let mut text = String::new();
+        if let Some(mut stderr) = self.process.stderr.take() {
+            stderr.read_to_string(&mut text).unwrap();
+        }
+        text
+    }
 }
 
 impl Drop for Vmm {
@@ -73,6 +100,7 @@ impl Drop for Vmm {
         // It may have ended.
         let _ = self.process.kill();
         let _ = self.process.wait();
+        eprint!("{}", self.last_words());
     }
 }
 
@@ -180,4 +208,133 @@ fn what_cannot_boot_says_why_and_may_be_tried_again() {
     let line = failure(vmm.ask(&Request::Counters, &[]));
     assert_eq!(line, "The VM has not been booted");
     assert_eq!(vmm.boot(&config(), &files(SAYS_HI)), Reply::Done);
+}
+
+#[test]
+fn shares_come_and_go_while_the_vm_runs() {
+    let vmm = Vmm::start();
+    assert_eq!(vmm.boot(&config(), &files(SPINS)), Reply::Done);
+    let directory = tempfile::tempdir().unwrap();
+    let share = || {
+        let root = File::options()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(directory.path())
+            .unwrap();
+        let request = Request::Share {
+            name: "share".to_owned(),
+            read_only: true,
+            exclusive: false,
+        };
+        vmm.ask(&request, &[root])
+    };
+    assert_eq!(share(), Reply::Done);
+    assert!(failure(share()).contains("the name is taken"));
+    let name = "share".to_owned();
+    let unshare = Request::Unshare { name };
+    assert_eq!(vmm.ask(&unshare, &[]), Reply::Done);
+    assert!(failure(vmm.ask(&unshare, &[])).contains("no such share"));
+    assert_eq!(share(), Reply::Done);
+}
+
+/// The lines of a status file in /proc that are about system call filters.
+fn filters_in(status: &str) -> Vec<&str> {
+    let about = |line: &&str| line.starts_with("Seccomp") || line.starts_with("NoNewPrivs");
+    status.lines().filter(about).collect()
+}
+
+#[test]
+fn every_thread_is_restricted_before_the_guest_runs() {
+    let vmm = Vmm::start();
+    let two = VmConfig {
+        vcpus: 2,
+        ..config()
+    };
+    assert_eq!(vmm.boot(&two, &files(SPINS)), Reply::Done);
+    let mut names = Vec::new();
+    for task in fs::read_dir(format!("/proc/{}/task", vmm.process.id())).unwrap() {
+        let task = task.unwrap().path();
+        let name = fs::read_to_string(task.join("comm")).unwrap();
+        let status = fs::read_to_string(task.join("status")).unwrap();
+        let expected = ["NoNewPrivs:\t1", "Seccomp:\t2", "Seccomp_filters:\t2"];
+        assert_eq!(filters_in(&status), expected, "{name}");
+        names.push(name.trim().to_owned());
+    }
+    names.sort();
+    assert_eq!(
+        names,
+        [
+            "bulkhead-vmm",
+            "devices",
+            "fs",
+            "fs",
+            "fs",
+            "vcpu0",
+            "vcpu1"
+        ]
+    );
+}
+
+#[test]
+fn a_vmm_that_cannot_restrict_itself_does_not_start() {
+    let refuse = SeccompFilter::new(
+        [(libc::SYS_seccomp, vec![])].into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::EACCES.unsigned_abs()),
+        TargetArch::x86_64,
+    );
+    let refuse = BpfProgram::try_from(refuse.unwrap()).unwrap();
+    let mut vmm = Vmm::start_under(vec![refuse]);
+    assert!(!vmm.process.wait().unwrap().success());
+    let words = vmm.last_words();
+    assert!(
+        words.starts_with("bulkhead-vmm: Cannot restrict the system calls of Setup"),
+        "{words}"
+    );
+}
+
+#[test]
+fn a_vm_with_a_thread_that_cannot_be_restricted_does_not_run() {
+    // The kernel bounds the instructions of all filters of a thread together (MAX_INSNS_PER_PATH).
+    // Filters of ours leave room for one more, and a little.
+    let allow = |length: usize| {
+        let allow = seccompiler::sock_filter {
+            code: 6, // BPF_RET
+            jt: 0,
+            jf: 0,
+            k: libc::SECCOMP_RET_ALLOW,
+        };
+        vec![allow; length]
+    };
+    const LONGEST: usize = 4096;
+    let started = (1..LONGEST / 64).rev().map(|blocks| {
+        let filler = allow(LONGEST - 1);
+        let filters = vec![filler.clone(), filler.clone(), filler, allow(blocks * 64)];
+        let vmm = Vmm::start_under(filters);
+        // It answers, or has ended.
+        let request = Request::Boot(config());
+        let files = files(SPINS);
+        let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+        let reply = match vmm.channel.send(&request, &fds) {
+            Ok(()) => vmm.next(),
+            Err(_) => None,
+        };
+        (vmm, reply)
+    });
+    let (vmm, reply) = started
+        .into_iter()
+        .find(|(_, reply)| reply.is_some())
+        .unwrap();
+    let Some(FromVmm::Reply(reply)) = reply else {
+        panic!("{reply:?} instead of a reply");
+    };
+    let line = failure(reply);
+    assert!(
+        line.starts_with("Cannot confine the thread fs: Cannot restrict the system calls of Fs"),
+        "{line}"
+    );
+    assert_eq!(
+        failure(vmm.ask(&Request::Counters, &[])),
+        "The VM has not been booted"
+    );
 }

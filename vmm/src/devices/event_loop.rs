@@ -1,17 +1,17 @@
 //! The thread that works for the devices that never wait: it sleeps in epoll_wait(2) until the
 //! guest has notified one of them or a descriptor of theirs is ready.
 
-use std::{
-    io,
-    os::fd::AsRawFd,
-    sync::Arc,
-    thread::{self, JoinHandle},
-};
+use std::{io, os::fd::AsRawFd, sync::Arc, thread::JoinHandle};
 
 use thiserror::Error;
 use vmm_sys_util::{
     epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
     eventfd::{EFD_NONBLOCK, EventFd},
+};
+
+use crate::{
+    seccomp::Filter,
+    thread::{self, ThreadError},
 };
 
 /// Handler index of the loop's own event.
@@ -28,8 +28,8 @@ pub enum EventLoopError {
     #[error("Cannot watch a descriptor")]
     Watch(#[source] io::Error),
     /// The thread could not be started.
-    #[error("Cannot start the thread {0}")]
-    Thread(&'static str, #[source] io::Error),
+    #[error(transparent)]
+    Thread(#[from] ThreadError),
 }
 
 /// What is called when something happened to a watched descriptor.
@@ -103,17 +103,15 @@ impl EventLoopBuilder {
         self.handlers.push(handler);
     }
 
-    /// Starts the thread.
+    /// Starts the thread, under [`Filter::Devices`].
     pub fn spawn(self, name: &'static str) -> Result<EventLoop, EventLoopError> {
         let Self {
             epoll,
             stop,
             handlers,
         } = self;
-        let thread = thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || run(&epoll, &handlers))
-            .map_err(|error| EventLoopError::Thread(name, error))?;
+        let work = move || run(&epoll, &handlers);
+        let thread = thread::start(name.to_owned(), Filter::Devices, || Ok(()), work)?;
         Ok(EventLoop {
             stop,
             thread: Some(thread),

@@ -12,10 +12,10 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
 };
 
-use bulkhead_fs::FileServer;
+use bulkhead_fs::{FileServer, FsError};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::{
     epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
@@ -27,7 +27,11 @@ use super::{
     mmio::{RestoreError, Transport, TransportState},
     queue::{self, Chain, QueueError},
 };
-use crate::devices::event_loop::{self, EventLoopError};
+use crate::{
+    devices::event_loop::{self, EventLoopError},
+    seccomp::Filter,
+    thread,
+};
 
 const DEVICE_ID: u32 = 26;
 /// The queue for requests that free something, and the one for all others, whose size is also the
@@ -80,16 +84,17 @@ pub struct State {
 
 /// What serves a request: the file server, or something simpler in a test.
 pub trait Serve: Send + Sync + 'static {
-    /// Called first on each thread that will serve.
-    fn prepare(&self) {}
+    /// Called first on each thread that will serve, before its system calls are restricted.
+    fn prepare(&self) -> Result<(), FsError> {
+        Ok(())
+    }
     /// Serves one FUSE request and returns the length of the reply.
     fn serve(&self, chain: &Chain<'_>) -> usize;
 }
 
 impl Serve for FileServer {
-    fn prepare(&self) {
-        // A failure repeats itself in the first request, where it can be answered.
-        let _ = self.prepare_thread();
+    fn prepare(&self) -> Result<(), FsError> {
+        self.prepare_thread()
     }
 
     fn serve(&self, chain: &Chain<'_>) -> usize {
@@ -113,7 +118,7 @@ struct Shared {
 }
 
 impl FsWorkers {
-    /// Starts `threads` threads.
+    /// Starts `threads` threads, under [`Filter::Fs`].
     pub fn spawn(
         transport: Arc<Transport<Fs>>,
         server: Arc<dyn Serve>,
@@ -135,11 +140,13 @@ impl FsWorkers {
         };
         for _ in 0..threads {
             let shared = workers.shared.clone();
-            let thread = thread::Builder::new()
-                .name("fs".to_owned())
-                .spawn(move || shared.run())
-                .map_err(|error| EventLoopError::Thread("fs", error))?;
-            workers.threads.push(thread);
+            let server = shared.server.clone();
+            workers.threads.push(thread::start(
+                "fs".to_owned(),
+                Filter::Fs,
+                move || server.prepare(),
+                move || shared.run(),
+            )?);
         }
         Ok(workers)
     }
@@ -188,7 +195,6 @@ impl Shared {
     }
 
     fn run(&self) {
-        self.server.prepare();
         let mut events = [EpollEvent::default()];
         loop {
             self.idle.fetch_add(1, Ordering::SeqCst);

@@ -3,6 +3,8 @@
 //!
 //! Nothing on the host can dial the guest.
 
+#[cfg(test)]
+mod confined;
 mod connection;
 mod header;
 mod muxer;
