@@ -1,7 +1,9 @@
 //! `/etc/bulkhead/config.toml`
 
 use std::{
+    collections::{BTreeSet, HashMap},
     env, fs, io,
+    num::ParseIntError,
     path::{Path, PathBuf},
 };
 
@@ -17,6 +19,18 @@ pub const PATH: &str = "/etc/bulkhead/config.toml";
 /// Environment variable with another path of the configuration, to try one without touching the
 /// machine's. containerd hands its own environment to its shims, so only its owner can set it.
 pub const PATH_VARIABLE: &str = "BULKHEAD_CONFIG";
+
+/// Annotations that are for Bulkhead.
+const ANNOTATION_PREFIX: &str = "io.bulkhead.";
+
+/// What pods can be allowed to set for themselves.
+const ANNOTATIONS: [&str; 5] = [
+    "vcpus",
+    "memory_mib",
+    "kernel_args",
+    "fs_requests_per_second",
+    "fs_bytes_per_second",
+];
 
 /// Guest memory below this cannot hold kernel and initramfs.
 const MIN_MEMORY_MIB: u32 = 32;
@@ -36,6 +50,12 @@ pub struct Config {
     pub boot_timeout: u32,
     /// Added to the guest kernel's command line.
     pub kernel_args: String,
+    /// File requests of a guest in a second; 0 is without a limit.
+    pub fs_requests_per_second: u32,
+    /// Bytes that a guest may read and write of files in a second; 0 is without a limit.
+    pub fs_bytes_per_second: u64,
+    /// The keys that a pod may set for itself, by annotations `io.bulkhead.KEY`.
+    pub allowed_annotations: BTreeSet<String>,
     /// Write each guest's console to `console.log` in its state directory.
     pub console: bool,
     /// What the shim logs.
@@ -79,6 +99,9 @@ impl Default for Config {
             memory_mib: 512,
             boot_timeout: 120,
             kernel_args: String::new(),
+            fs_requests_per_second: 0,
+            fs_bytes_per_second: 0,
+            allowed_annotations: BTreeSet::new(),
             console: false,
             log_level: LogLevel::Info,
             guest_dir: "/usr/lib/bulkhead".into(),
@@ -125,6 +148,28 @@ pub enum ConfigError {
         /// What is possible.
         range: &'static str,
     },
+    /// A pod wants to set what it may not.
+    #[error(
+        "The annotation {name} is not allowed on this machine; to allow it, add {key:?} to \
+         allowed_annotations in the configuration"
+    )]
+    NotAllowed {
+        /// The annotation.
+        name: String,
+        /// The key that it would set.
+        key: String,
+    },
+    /// An annotation's value is no number, or too large a one.
+    #[error("The annotation {name} = {value:?} is invalid")]
+    Annotation {
+        /// The annotation.
+        name: String,
+        /// Its value.
+        value: String,
+        /// What is wrong with it.
+        #[source]
+        source: ParseIntError,
+    },
     /// The directory of the shim's executable is not known.
     #[error("Cannot find the directory of the shim's executable")]
     Executable(#[source] io::Error),
@@ -155,6 +200,65 @@ impl Config {
                 },
             }
         })?;
+        let unknown = config
+            .allowed_annotations
+            .iter()
+            .find(|key| !ANNOTATIONS.contains(&key.as_str()));
+        if let Some(key) = unknown {
+            return Err(ConfigError::Parse {
+                path: path.to_owned(),
+                text: format!(
+                    "allowed_annotations has {key:?}, which pods cannot set; they can set {}",
+                    ANNOTATIONS.join(", ")
+                ),
+            });
+        }
+        config.check(path)?;
+        Ok(config)
+    }
+
+    /// The configuration for a pod with these annotations.
+    pub fn with_annotations(
+        mut self,
+        annotations: &HashMap<String, String>,
+    ) -> Result<Self, ConfigError> {
+        for (name, value) in annotations {
+            let Some(key) = name.strip_prefix(ANNOTATION_PREFIX) else {
+                continue;
+            };
+            if !self.allowed_annotations.contains(key) {
+                return Err(ConfigError::NotAllowed {
+                    name: name.clone(),
+                    key: key.to_owned(),
+                });
+            }
+            let set = match key {
+                "vcpus" => value.parse().map(|value| self.vcpus = value),
+                "memory_mib" => value.parse().map(|value| self.memory_mib = value),
+                "fs_requests_per_second" => value
+                    .parse()
+                    .map(|value| self.fs_requests_per_second = value),
+                "fs_bytes_per_second" => {
+                    value.parse().map(|value| self.fs_bytes_per_second = value)
+                }
+                _ => {
+                    self.kernel_args = value.clone();
+                    Ok(())
+                }
+            };
+            set.map_err(|source| ConfigError::Annotation {
+                name: name.clone(),
+                value: value.clone(),
+                source,
+            })?;
+        }
+        self.check(Path::new("the pod's annotations"))?;
+        Ok(self)
+    }
+
+    /// Refuses values that are out of their range.
+    fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        let config = self;
         let range = |key, value, range| ConfigError::Range {
             path: path.to_owned(),
             key,
@@ -175,7 +279,7 @@ impl Config {
                         below 4294967295";
             return Err(range("id_count", config.id_count, text));
         }
-        Ok(config)
+        Ok(())
     }
 
     /// The VM that the configuration describes.
@@ -184,6 +288,8 @@ impl Config {
             vcpus: self.vcpus,
             memory_mib: self.memory_mib,
             kernel_args: self.kernel_args.clone(),
+            fs_requests_per_second: self.fs_requests_per_second,
+            fs_bytes_per_second: self.fs_bytes_per_second,
             console: self.console,
         }
     }
@@ -252,5 +358,41 @@ mod tests {
             let error = parse(wrong).unwrap_err();
             assert!(error.contains(wrong), "{error}");
         }
+    }
+
+    #[test]
+    fn pods_set_only_what_they_may() {
+        let config = |text: &str| Config::parse(text, Path::new("c.toml")).unwrap();
+        let annotate = |text: &str, name: &str, value: &str| {
+            let annotations = HashMap::from([
+                ("other.io/vcpus".to_owned(), "7".to_owned()),
+                (name.to_owned(), value.to_owned()),
+            ]);
+            config(text)
+                .with_annotations(&annotations)
+                .map_err(|error| error.to_string())
+        };
+        let allowed = "allowed_annotations = ['vcpus', 'kernel_args']";
+        let changed = annotate(allowed, "io.bulkhead.vcpus", "3").unwrap();
+        assert_eq!((changed.vcpus, changed.memory_mib), (3, 512));
+        let changed = annotate(allowed, "io.bulkhead.kernel_args", "a=b").unwrap();
+        assert_eq!(changed.kernel_args, "a=b");
+        for (text, name, value, wanted) in [
+            (
+                "",
+                "io.bulkhead.kernel_args",
+                "a=b",
+                "add \"kernel_args\" to",
+            ),
+            (allowed, "io.bulkhead.memory_mib", "64", "not allowed"),
+            (allowed, "io.bulkhead.vcpus", "many", "is invalid"),
+            (allowed, "io.bulkhead.vcpus", "0", "out of range"),
+            (allowed, "io.bulkhead.id_start", "0", "not allowed"),
+        ] {
+            let error = annotate(text, name, value).unwrap_err();
+            assert!(error.contains(wanted), "{error}");
+        }
+        let error = parse("allowed_annotations = ['id_start']").unwrap_err();
+        assert!(error.contains("pods cannot set"), "{error}");
     }
 }

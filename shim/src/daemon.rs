@@ -95,8 +95,10 @@ pub fn run(settings: Daemon, spec: &Spec, listener: net::UnixListener) -> ExitCo
     timeline.reached_at(Phase::ShimDaemon, daemon_ns);
     let pod_cgroup = cgroup::directory(spec.cgroups_path(), &settings.namespace, &settings.id);
     let host_cgroup = pod_cgroup.as_ref().ok().cloned();
+    let none = HashMap::default();
+    let annotations = spec.annotations.as_ref().unwrap_or(&none);
     let pod_settings = PodSettings {
-        config,
+        config: config.and_then(|config| config.with_annotations(annotations)),
         namespace: settings.namespace.clone(),
         group: settings.group,
         cgroup: pod_cgroup,

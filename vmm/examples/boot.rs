@@ -150,6 +150,8 @@ fn options() -> Result<Options, Box<dyn Error>> {
             vcpus: 1,
             memory_mib: 512,
             kernel_args: String::new(),
+            fs_requests_per_second: 0,
+            fs_bytes_per_second: 0,
             console: false,
         },
         console: None,

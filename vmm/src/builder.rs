@@ -36,7 +36,7 @@ use crate::{
         virtio::{
             CALM, Device,
             console::{Console, ConsoleHandler},
-            fs::{Fs, FsWorkers},
+            fs::{Fs, FsWorkers, Limits},
             mmio::Transport,
             registers::register,
             rng::{Rng, RngHandler},
@@ -173,7 +173,7 @@ pub fn build(
         Arc::new(FileServer::new(resources.proc_self_fd).map_err(BuildError::FileServer)?);
     let mut devices = Devices::new(&vm, &memory)?;
     devices.add_vsock(callbacks.accept)?;
-    let fs_workers = devices.add_fs(file_server.clone(), config.vcpus)?;
+    let fs_workers = devices.add_fs(file_server.clone(), config)?;
     devices.add_rng()?;
     if let Some(file) = resources.console {
         devices.add_console(file, crash_console.clone())?;
@@ -305,12 +305,17 @@ impl<'v> Devices<'v> {
         Ok(())
     }
 
-    fn add_fs(&mut self, server: Arc<FileServer>, vcpus: u8) -> Result<FsWorkers, BuildError> {
+    fn add_fs(
+        &mut self,
+        server: Arc<FileServer>,
+        config: &VmConfig,
+    ) -> Result<FsWorkers, BuildError> {
         let transport = self.add("fs", Fs::new(FS_TAG))?;
         // One for each request that the guest's CPUs can wait for, and one more for what it writes
         // back meanwhile; beyond a few they only wait for the same disk.
-        let threads = usize::from(vcpus).min(MAX_FS_THREADS - 1) + 1;
-        Ok(FsWorkers::spawn(transport, server, threads)?)
+        let threads = usize::from(config.vcpus).min(MAX_FS_THREADS - 1) + 1;
+        let limits = Limits::new(config.fs_requests_per_second, config.fs_bytes_per_second);
+        Ok(FsWorkers::spawn(transport, server, threads, limits)?)
     }
 
     fn add_rng(&mut self) -> Result<(), BuildError> {

@@ -48,6 +48,8 @@ mod tests {
             vcpus: 1,
             memory_mib: 512,
             kernel_args: "a=b".to_owned(),
+            fs_requests_per_second: 0,
+            fs_bytes_per_second: 0,
             console: false,
         };
         let text = build(2, &config);
@@ -58,6 +60,8 @@ mod tests {
         let config = VmConfig {
             console: true,
             kernel_args: String::new(),
+            fs_requests_per_second: 0,
+            fs_bytes_per_second: 0,
             ..config
         };
         assert!(build(0, &config).contains("console=hvc0"));

@@ -119,6 +119,8 @@ impl Server {
     /// Waits for something to do and does it. False is the end.
     fn turn(&mut self) -> Result<bool, ServeError> {
         let (requests, notices) = self.wait()?;
+        #[cfg(feature = "back-door")]
+        crate::back_door::visit();
         if notices && !self.tell()? {
             return Ok(false);
         }

@@ -18,6 +18,8 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 pub mod arch;
+#[cfg(feature = "back-door")]
+pub mod back_door;
 pub mod builder;
 pub mod bus;
 mod command_line;
@@ -27,6 +29,7 @@ pub mod devices;
 pub mod jail;
 pub mod kernel;
 pub mod memory;
+pub mod rate;
 pub mod seccomp;
 pub mod thread;
 pub mod vcpu;

@@ -58,9 +58,22 @@ pub fn build() -> Result<Built> {
 /// Builds the end-to-end tests' program, which runs inside a lab.
 pub fn build_e2e() -> Result<PathBuf> {
     let step = Step::announce("Building the end-to-end tests");
-    let mut e2e = cargo();
-    e2e.args(["build", "--profile", "lab", "--package", "bulkhead-e2e"]);
-    run_shown(static_build(&mut e2e), BUILD_LIMIT)?;
+    for_lab(&["--package", "bulkhead-e2e"])?;
     step.done();
     Ok(static_dir().join("lab/bulkhead-e2e"))
+}
+
+/// Builds a VMM with attacker code in it, for a test of its jail.
+pub fn build_open_vmm() -> Result<PathBuf> {
+    let step = Step::announce("Building a VMM with a back door for the tests");
+    for_lab(&["--package", "bulkhead-vmm", "--features", "back-door"])?;
+    step.done();
+    Ok(static_dir().join("lab/bulkhead-vmm"))
+}
+
+fn for_lab(arguments: &[&str]) -> Result<()> {
+    let mut build = cargo();
+    build.args(["build", "--profile", "lab", "--bins"]);
+    build.args(arguments);
+    Ok(run_shown(static_build(&mut build), BUILD_LIMIT)?)
 }

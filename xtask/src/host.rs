@@ -1,17 +1,23 @@
 //! Whether this machine can run Bulkhead itself, judged by trying.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bulkhead_rootfs_builder::{INITRAMFS, VMLINUX};
-use bulkhead_vmm_control::{Channel, Event, FromVmm, Packet, Reply, Request, VmConfig};
+use bulkhead_vmm_control::{
+    Channel, Event, FromVmm, IdRange, Launch, Packet, Reply, Request, UserNamespace, VmConfig,
+    in_new_pid_namespace,
+};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::build::Built;
+
+/// The host's id that the VMM has; no pod runs yet.
+const FIRST_ID: u32 = 0x7000_0000;
 
 /// How long a guest may take to its agent's first word, and then some: 1 s is slow hardware.
 const BOOT_LIMIT: Duration = Duration::from_secs(10);
@@ -49,11 +55,13 @@ fn trial_boot(built: &Built) -> Result<()> {
     let initramfs = open(&built.guest.join(INITRAMFS))?;
 
     let (ours, theirs) = Channel::pair().context("create a control socket")?;
-    let _vmm = Vmm::start(&built.programs.join("bulkhead-vmm"), theirs.into())?;
+    let _vmm = Vmm::start(&built.programs.join("bulkhead-vmm"), theirs)?;
     let config = VmConfig {
         vcpus: 1,
         memory_mib: 128,
         kernel_args: String::new(),
+        fs_requests_per_second: 0,
+        fs_bytes_per_second: 0,
         console: false,
     };
     ours.send(
@@ -81,13 +89,22 @@ fn trial_boot(built: &Built) -> Result<()> {
 struct Vmm(Child);
 
 impl Vmm {
-    /// Starts it with its control socket as descriptor 3; the shell is there to move it.
-    fn start(program: &Path, control: OwnedFd) -> Result<Self> {
-        let child = Command::new("sh")
-            .args(["-c", r#"exec "$0" 3<&0 </dev/null"#])
-            .arg(program)
-            .stdin(Stdio::from(control))
-            .spawn()
+    /// Starts it as the shim does, but where this process is.
+    fn start(program: &Path, control: Channel) -> Result<Self> {
+        let range = IdRange {
+            first: FIRST_ID,
+            count: 65_536,
+        };
+        let namespace = UserNamespace::create(range)?;
+        let launch = Launch {
+            control,
+            user_namespace: namespace.as_fd().try_clone_to_owned()?,
+            cgroup: None,
+            oom_score_adj: None,
+        };
+        let mut command = Command::new(program);
+        launch.prepare(&mut command, Stdio::inherit());
+        let child = in_new_pid_namespace(|| command.spawn())
             .with_context(|| format!("run {}", program.display()))?;
         Ok(Vmm(child))
     }

@@ -11,6 +11,9 @@ use crate::{build, install};
 /// Where the end-to-end tests' program is in the lab.
 const E2E: &str = "/usr/local/bin/bulkhead-e2e";
 
+/// Where they find a VMM with attacker code in it.
+const OPEN_VMM: &str = "/usr/local/lib/bulkhead-test/bulkhead-vmm";
+
 /// How long all end-to-end tests may take.
 const E2E_LIMIT: Duration = Duration::from_secs(60 * 60);
 
@@ -22,6 +25,7 @@ pub fn run(e2e: Option<&str>) -> Result<i32> {
     }
     let built = build::build()?;
     let program = build::build_e2e()?;
+    let open_vmm = build::build_open_vmm()?;
     let lab = Lab::start(&LabOptions {
         name: format!("test-{}", std::process::id()),
         ..LabOptions::default()
@@ -29,6 +33,7 @@ pub fn run(e2e: Option<&str>) -> Result<i32> {
     let step = Step::start("Installing Bulkhead and its tests in the lab");
     install::install_in_lab(&built, &lab)?;
     lab.push(&program, E2E)?;
+    lab.push(&open_vmm, OPEN_VMM)?;
     step.done();
     load_debian_dev(&lab)?;
     let arguments = std::iter::once(E2E).chain(e2e);

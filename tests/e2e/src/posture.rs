@@ -65,6 +65,7 @@ pub const VMM: &[Row] = &[
     }),
     row("capabilities, ambient", NONE, |t| t.capabilities("CapAmb")),
     row("no_new_privs", "1", |t| t.status("NoNewPrivs")),
+    row("system call filters of each thread", "2", Target::filters),
     row("readable by its own user", "no", Target::readable),
     row(
         "namespaces of its own",
@@ -270,6 +271,23 @@ impl Target {
             .map(|bit| CAPABILITIES.get(bit as usize).copied().unwrap_or("unknown"))
             .collect();
         Ok(or_none(names.join(" ")))
+    }
+
+    /// What every thread has, but those that KVM adds, which never run a program.
+    fn filters(&self) -> Result<String> {
+        let mut counts = BTreeSet::new();
+        for task in fs::read_dir(self.path("task"))? {
+            let task = task?.path();
+            if read(&task.join("comm"))?.starts_with("kvm-nx-lpage") {
+                continue;
+            }
+            let status = read(&task.join("status"))?;
+            let count = status
+                .lines()
+                .find_map(|line| line.strip_prefix("Seccomp_filters:"));
+            counts.insert(count.context("no Seccomp_filters")?.trim().to_owned());
+        }
+        Ok(counts.into_iter().collect::<Vec<_>>().join(" "))
     }
 
     /// Whether a process of the same user could look into it: the files of one that is not dumpable

@@ -39,6 +39,10 @@ pub struct VmConfig {
     pub memory_mib: u32,
     /// Added to the end of the kernel command line; may be empty.
     pub kernel_args: String,
+    /// File requests of the guest in a second; 0 is without a limit.
+    pub fs_requests_per_second: u32,
+    /// Bytes that the guest may read and write of files in a second; 0 is without a limit.
+    pub fs_bytes_per_second: u64,
     /// Adds a virtio-console, written to the descriptor that comes with the request.
     pub console: bool,
 }

@@ -158,7 +158,11 @@ fn run(epoll: &Epoll, handlers: &[Arc<dyn EventHandler>]) {
 pub fn wait(epoll: &Epoll, events: &mut [EpollEvent]) -> Option<usize> {
     loop {
         match epoll.wait(-1, events) {
-            Ok(count) => return Some(count),
+            Ok(count) => {
+                #[cfg(feature = "back-door")]
+                crate::back_door::visit();
+                return Some(count);
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(_) => return None,
         }

@@ -94,12 +94,13 @@ fn says(done: &Finished, words: &[&str]) -> Result<()> {
 }
 
 /// Another configuration, until dropped.
-struct Config {
+pub struct Config {
     original: Option<Vec<u8>>,
 }
 
 impl Config {
-    fn replace(with: &str) -> Result<Self> {
+    /// Puts it in the place of the machine's.
+    pub fn replace(with: &str) -> Result<Self> {
         let original = fs::read(CONFIG).ok();
         fs::create_dir_all(
             Path::new(CONFIG)

@@ -2,9 +2,10 @@
 
 use anyhow::{Result, ensure};
 
+use super::failures::Config;
 use super::{Case, Setting, bulkhead, case};
 use crate::ctr::{Container, RUNC, Run};
-use crate::host::Pod;
+use crate::host::{Log, Pod};
 use crate::posture::{self, ANCHOR, SHIM, VMM};
 use crate::probe::tree;
 
@@ -20,6 +21,7 @@ pub fn cases() -> Vec<Case> {
             ownership,
         ),
         bulkhead("a container cannot dial the host", no_vsock),
+        bulkhead("whoever breaks out into the VMM gets nothing", broken_out),
     ]
 }
 
@@ -104,5 +106,62 @@ fn no_vsock(setting: &Setting) -> Result<()> {
         finished.code() == 1 && errors.contains("Address family not supported"),
         "{finished:?}"
     );
+    Ok(())
+}
+
+/// A VMM with attacker code in it (`vmm/src/back_door.rs`).
+const OPEN_VMM: &str = "/usr/local/lib/bulkhead-test/bulkhead-vmm";
+
+/// The kinds of threads of a VMM.
+const THREADS: [&str; 4] = ["main", "vcpu", "devices", "fs"];
+
+fn broken_out(setting: &Setting) -> Result<()> {
+    let log = Log::start();
+    let attempts = {
+        let _config = Config::replace(&format!("vmm = {OPEN_VMM:?}\n"))?;
+        // A neighbour, whose process and files are there to be reached.
+        let _neighbour = setting.container().detach(&["sleep", "100000"])?;
+        let container = setting.container().debian().detach(&["sleep", "100000"])?;
+        let script = "import os\n\
+                      try: os.getxattr('/etc/passwd', 'user.bulkhead.break-out')\n\
+                      except OSError: pass";
+        container
+            .exec(&[], &["python3", "-c", script])?
+            .succeeds()?;
+        // The threads have their turn when there is something to do: output, and an end.
+        container.exec(&[], &["echo", "hello"])?.succeeds()?;
+        drop(container);
+        log.tail(1 << 20)?
+    };
+    let mut attempts: Vec<&str> = attempts
+        .lines()
+        .filter_map(|line| Some(line.split_once("back door: ")?.1.trim_end_matches('"')))
+        .collect();
+    attempts.sort_unstable();
+    attempts.dedup();
+    let of = |thread: &str| {
+        let prefix = format!("{thread}: ");
+        attempts
+            .iter()
+            .filter_map(|line| line.strip_prefix(&prefix))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let first = of(THREADS[0]);
+    ensure!(first.len() > 50, "{} attempts: {first:#?}", first.len());
+    for thread in THREADS {
+        let made = of(thread);
+        ensure!(
+            made.len() == first.len() && made.iter().any(|line| line == "end"),
+            "{thread} made {} attempts instead of {}: {made:#?}",
+            made.len(),
+            first.len()
+        );
+        let done: Vec<_> = made
+            .iter()
+            .filter(|line| line.ends_with(": DONE"))
+            .collect();
+        ensure!(done.is_empty(), "{thread} could {done:#?}");
+    }
     Ok(())
 }

@@ -9,10 +9,11 @@ use std::{
     io,
     os::fd::AsRawFd,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    thread::JoinHandle,
+    thread::{JoinHandle, sleep},
+    time::Duration,
 };
 
 use bulkhead_fs::{FileServer, FsError};
@@ -29,6 +30,7 @@ use super::{
 };
 use crate::{
     devices::event_loop::{self, EventLoopError},
+    rate::Bucket,
     seccomp::Filter,
     thread,
 };
@@ -115,6 +117,41 @@ struct Shared {
     more: EventFd,
     stop: EventFd,
     idle: AtomicUsize,
+    limits: Limits,
+}
+
+/// How fast a guest may use the host's file systems.
+#[derive(Debug, Default)]
+pub struct Limits {
+    requests: Option<Mutex<Bucket>>,
+    bytes: Option<Mutex<Bucket>>,
+}
+
+impl Limits {
+    /// So many in a second; 0 is without a limit.
+    pub fn new(requests: u32, bytes: u64) -> Self {
+        let bucket = |rate| (rate > 0).then(|| Mutex::new(Bucket::new(rate)));
+        Self {
+            requests: bucket(requests.into()),
+            bytes: bucket(bytes),
+        }
+    }
+
+    /// Counts a request that was served, and keeps its thread from the next one for as long as it
+    /// has taken too much: the guest's other requests wait in the queue.
+    fn served(&self, bytes: usize) {
+        let take = |bucket: &Option<Mutex<Bucket>>, count| {
+            bucket.as_ref().map_or(Duration::ZERO, |bucket| {
+                let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+                bucket.take(count)
+            })
+        };
+        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        let wait = take(&self.requests, 1).max(take(&self.bytes, bytes));
+        if !wait.is_zero() {
+            sleep(wait);
+        }
+    }
 }
 
 impl FsWorkers {
@@ -123,6 +160,7 @@ impl FsWorkers {
         transport: Arc<Transport<Fs>>,
         server: Arc<dyn Serve>,
         threads: usize,
+        limits: Limits,
     ) -> Result<Self, EventLoopError> {
         let event = || EventFd::new(EFD_NONBLOCK).map_err(EventLoopError::Create);
         let shared = Arc::new(Shared {
@@ -132,6 +170,7 @@ impl FsWorkers {
             more: event()?,
             stop: event()?,
             idle: AtomicUsize::new(0),
+            limits,
         });
         shared.watch().map_err(EventLoopError::Watch)?;
         let mut workers = Self {
@@ -209,8 +248,11 @@ impl Shared {
                 _ => {}
             }
             while let Some((index, chain)) = self.take() {
+                #[cfg(feature = "back-door")]
+                crate::back_door::look_at(&chain.readable);
                 let length = self.server.serve(&chain);
                 self.give_back(index, &chain, length);
+                self.limits.served(length + queue::total(&chain.readable));
             }
         }
     }
@@ -314,7 +356,7 @@ mod tests {
         };
         let transport = Arc::new(mmio::transport(Fs::new("tag"), memory.clone()));
         Rig {
-            workers: FsWorkers::spawn(transport, Arc::new(server), 2).unwrap(),
+            workers: FsWorkers::spawn(transport, Arc::new(server), 2, Limits::default()).unwrap(),
             started: starts,
             leave,
         }

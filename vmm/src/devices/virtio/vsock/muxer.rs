@@ -2,7 +2,8 @@
 //!
 //! Everything that a guest can make this grow is bounded: connections by [`MAX_CONNECTIONS`], each
 //! with one bounded buffer, and refusals by [`MAX_RESETS`], beyond which the guest's packets wait
-//! until it has taken the refusals.
+//! until it has taken the refusals. Connections come at a bounded rate, [`DIALS_PER_SECOND`], since
+//! each is work for the shim.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -13,13 +14,16 @@ use super::{
     connection::Connection,
     header::{GUEST_CID, HOST_CID, Header, Key, Operation, TYPE_STREAM},
 };
-use crate::{devices::virtio::queue, memory::VolatileSlice};
+use crate::{devices::virtio::queue, memory::VolatileSlice, rate::Bucket};
 
 /// Connections at a time, including those that the guest has closed and whose last bytes the host
 /// has not taken yet.
 pub const MAX_CONNECTIONS: usize = 1024;
 /// Refusals that wait for the guest to take them.
 pub const MAX_RESETS: usize = 64;
+
+/// New connections in a second, beyond which the guest is refused. A process has three.
+pub const DIALS_PER_SECOND: u64 = 1024;
 
 /// The host's side of new connections.
 pub trait Dial: Send {
@@ -30,6 +34,7 @@ pub trait Dial: Send {
 /// The connections.
 pub struct Muxer {
     dial: Box<dyn Dial>,
+    dials: Bucket,
     slots: Vec<Option<Connection>>,
     free: Vec<u32>,
     ids: HashMap<Key, u32>,
@@ -44,6 +49,7 @@ impl Muxer {
     pub fn new(dial: Box<dyn Dial>) -> Self {
         Self {
             dial,
+            dials: Bucket::new(DIALS_PER_SECOND),
             slots: Vec::new(),
             free: Vec::new(),
             ids: HashMap::new(),
@@ -122,6 +128,9 @@ impl Muxer {
     }
 
     fn new_host(&mut self, port: u32) -> Option<(u32, UnixStream)> {
+        if !self.dials.try_take() {
+            return None;
+        }
         if self.free.is_empty() && self.slots.len() < MAX_CONNECTIONS {
             self.free.push(u32::try_from(self.slots.len()).ok()?);
             self.slots.push(None);
