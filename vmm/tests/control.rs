@@ -1,19 +1,15 @@
 //! `bulkhead-vmm` as a process, over its control socket, on this machine's `/dev/kvm`. The guest is
 //! a few instructions long.
 
-use std::{
-    fs::File,
-    io::Write,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::process::CommandExt,
-    },
-    process::{Child, Command},
-};
+mod vmm;
 
-use bulkhead_vmm_control::{
-    CONTROL_FD, Channel, Event, FromVmm, Packet, Reply, Request, StopReason, VmConfig,
-};
+use std::fs::File;
+
+use bulkhead_vmm_control::{Channel, Event, FromVmm, Reply, Request, StopReason, VmConfig};
+use vmm::{Vmm, file, kvm};
+
+/// None come with the request.
+const NO_FILES: &[File] = &[];
 
 /// Writes "hi" to the serial port, and then meets an exception without an interrupt table: a triple
 /// fault.
@@ -26,57 +22,6 @@ const SAYS_HI: &[u8] = &[
 /// Jumps to itself.
 const SPINS: &[u8] = &[0xeb, 0xfe];
 
-struct Vmm {
-    process: Child,
-    channel: Channel,
-}
-
-impl Vmm {
-    fn start() -> Self {
-        let (channel, theirs) = Channel::pair().unwrap();
-        let theirs = OwnedFd::from(theirs);
-        let raw = theirs.as_raw_fd();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-vmm"));
-        // SAFETY: dup2(2) is async-signal-safe, and the socket lives until the child has its copy.
-        unsafe {
-            command.pre_exec(move || match libc::dup2(raw, CONTROL_FD) {
-                -1 => Err(std::io::Error::last_os_error()),
-                _ => Ok(()),
-            });
-        }
-        // The copy must not be the original, which closes itself.
-        assert_ne!(raw, CONTROL_FD);
-        let process = command.spawn().unwrap();
-        Self { process, channel }
-    }
-
-    fn ask(&self, request: &Request, files: &[File]) -> Reply {
-        let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-        self.channel.send(request, &fds).unwrap();
-        match self.next() {
-            Some(FromVmm::Reply(reply)) => reply,
-            other => panic!("{other:?} instead of a reply"),
-        }
-    }
-
-    fn next(&self) -> Option<FromVmm> {
-        let packet = self.channel.receive::<FromVmm>().unwrap();
-        packet.map(|Packet { message, .. }| message)
-    }
-
-    fn boot(&self, config: &VmConfig, files: &[File]) -> Reply {
-        self.ask(&Request::Boot(config.clone()), files)
-    }
-}
-
-impl Drop for Vmm {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
 fn config() -> VmConfig {
     VmConfig {
         vcpus: 1,
@@ -84,17 +29,6 @@ fn config() -> VmConfig {
         kernel_args: String::new(),
         console: false,
     }
-}
-
-fn file(bytes: &[u8]) -> File {
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(bytes).unwrap();
-    file
-}
-
-fn kvm() -> File {
-    let mut options = File::options();
-    options.read(true).write(true).open("/dev/kvm").unwrap()
 }
 
 /// `/dev/kvm`, a kernel with this code at 16 MiB, and an initramfs.
@@ -131,7 +65,7 @@ fn a_guests_last_words_come_with_its_end() {
     };
     assert_eq!(vmm.next(), Some(FromVmm::Event(stopped)));
     assert_eq!(vmm.next(), None);
-    assert!(vmm.process.wait().unwrap().success());
+    assert!(vmm.exit().success());
 }
 
 #[test]
@@ -142,7 +76,7 @@ fn a_running_vm_counts_and_ends_with_its_control_socket() {
         ..config()
     };
     assert_eq!(vmm.boot(&config, &files(SPINS)), Reply::Done);
-    let Reply::Counters(counters) = vmm.ask(&Request::Counters, &[]) else {
+    let Reply::Counters(counters) = vmm.ask(&Request::Counters, NO_FILES) else {
         panic!("no counters");
     };
     let names: Vec<&str> = counters.devices.keys().map(String::as_str).collect();
@@ -151,7 +85,7 @@ fn a_running_vm_counts_and_ends_with_its_control_socket() {
     assert_eq!(twice, "The VM has been booted already");
     let (unconnected, _) = Channel::pair().unwrap();
     vmm.channel = unconnected;
-    assert!(vmm.process.wait().unwrap().success());
+    assert!(vmm.exit().success());
 }
 
 #[test]
@@ -178,7 +112,7 @@ fn what_cannot_boot_says_why_and_may_be_tried_again() {
     assert!(line.starts_with("Cannot use KVM"), "{line}");
     let line = with(&|_, files| drop(files.pop()));
     assert_eq!(line, "2 descriptors came with the request instead of 3");
-    let line = failure(vmm.ask(&Request::Counters, &[]));
+    let line = failure(vmm.ask(&Request::Counters, NO_FILES));
     assert_eq!(line, "The VM has not been booted");
     assert_eq!(vmm.boot(&config(), &files(SAYS_HI)), Reply::Done);
 }
