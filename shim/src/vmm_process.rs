@@ -294,7 +294,6 @@ impl Reader {
                     ready.clear_ready();
                     continue;
                 }
-                Err(ChannelError::Receive(Errno::ECONNRESET)) => return None,
                 Err(error) => {
                     self.child.kill();
                     return Some(text::chain(&error));

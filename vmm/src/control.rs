@@ -81,17 +81,7 @@ enum Notice {
 /// works with `proc_self_fd`, an `O_PATH` descriptor of `/proc/self/fd`; `jail` is told when asked for
 /// counters.
 pub fn serve(channel: Channel, proc_self_fd: OwnedFd, jail: JailTimes) -> Result<(), ServeError> {
-    let (notices, heard) = mpsc::sync_channel(NOTICES);
-    let wake = EventFd::new(EFD_NONBLOCK).map_err(ServeError::EventFd)?;
-    let mut server = Server {
-        channel,
-        proc_self_fd,
-        jail,
-        vm: None,
-        notices,
-        heard,
-        wake: Arc::new(wake),
-    };
+    let mut server = Server::new(channel, proc_self_fd, jail)?;
     let result = loop {
         match server.turn() {
             Ok(true) => {}
@@ -116,6 +106,20 @@ struct Server {
 }
 
 impl Server {
+    fn new(channel: Channel, proc_self_fd: OwnedFd, jail: JailTimes) -> Result<Self, ServeError> {
+        let (notices, heard) = mpsc::sync_channel(NOTICES);
+        let wake = EventFd::new(EFD_NONBLOCK).map_err(ServeError::EventFd)?;
+        Ok(Self {
+            channel,
+            proc_self_fd,
+            jail,
+            vm: None,
+            notices,
+            heard,
+            wake: Arc::new(wake),
+        })
+    }
+
     /// Waits for something to do and does it. False is the end.
     fn turn(&mut self) -> Result<bool, ServeError> {
         let (requests, notices) = self.wait()?;
@@ -269,9 +273,9 @@ impl Server {
                 accepted
             }),
             stopped: Arc::new(move |stop| {
-                // A vCPU that is over may wait for room.
-                let sent = stops.send(Notice::Stopped(stop));
-                debug_assert!(sent.is_ok());
+                // A vCPU that is over may wait for room. It fails when another one was over
+                // before, and the process is about to end.
+                let _ = stops.send(Notice::Stopped(stop));
                 event_loop::signal(&on_stop);
             }),
         }
@@ -297,4 +301,26 @@ pub fn one_line(error: &dyn StdError) -> String {
         cause = error.source();
     }
     line.replace(['\n', '\r'], " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vcpu_that_ends_after_all_is_over_ends_quietly() {
+        let (_shim, channel) = Channel::pair().unwrap();
+        let server = Server::new(channel, nowhere(), JailTimes::default()).unwrap();
+        let Callbacks {
+            mut accept,
+            stopped,
+        } = server.callbacks();
+        drop(server);
+        stopped(Stop::Reset);
+        assert!(!accept(1024, nowhere()));
+    }
+
+    fn nowhere() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
+    }
 }

@@ -1,21 +1,22 @@
 //! `bulkhead-vmm` as a process, over its control socket, on this machine's `/dev/kvm`. The guest is
 //! a few instructions long.
 
+mod vmm;
+
 use std::{
     fs::{self, File},
-    io::{self, Read, Write},
     os::{
         fd::{AsFd, BorrowedFd},
-        unix::{fs::OpenOptionsExt, process::CommandExt},
+        unix::fs::OpenOptionsExt,
     },
-    process::{Child, Command, Stdio},
 };
 
-use bulkhead_vmm_control::{
-    Channel, Event, FromVmm, IdRange, Launch, Packet, Reply, Request, StopReason, UserNamespace,
-    VmConfig, in_new_pid_namespace,
-};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
+use bulkhead_vmm_control::{Channel, Event, FromVmm, Reply, Request, StopReason, VmConfig};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+use vmm::{Vmm, file, kvm};
+
+/// None come with the request.
+const NO_FILES: &[File] = &[];
 
 /// Writes "hi" to the serial port, and then meets an exception without an interrupt table: a triple
 /// fault.
@@ -28,82 +29,6 @@ const SAYS_HI: &[u8] = &[
 /// Jumps to itself.
 const SPINS: &[u8] = &[0xeb, 0xfe];
 
-struct Vmm {
-    process: Child,
-    channel: Channel,
-}
-
-impl Vmm {
-    fn start() -> Self {
-        Self::start_under(Vec::new())
-    }
-
-    /// Starts it under system call filters of ours.
-    fn start_under(filters: Vec<BpfProgram>) -> Self {
-        let (channel, theirs) = Channel::pair().unwrap();
-        let range = IdRange {
-            first: 0x7000_0000,
-            count: 65_536,
-        };
-        let namespace = UserNamespace::create(range).unwrap();
-        let launch = Launch {
-            control: theirs,
-            user_namespace: namespace.as_fd().try_clone_to_owned().unwrap(),
-            cgroup: None,
-            oom_score_adj: None,
-        };
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-vmm"));
-        launch.prepare(&mut command, Stdio::piped());
-        // SAFETY: prctl(2) and seccomp(2) are async-signal-safe.
-        unsafe {
-            command.pre_exec(move || {
-                filters
-                    .iter()
-                    .try_for_each(|filter| apply_filter(filter))
-                    .map_err(|_| io::Error::last_os_error())
-            });
-        }
-        let process = in_new_pid_namespace(|| command.spawn()).unwrap();
-        Self { process, channel }
-    }
-
-    fn ask(&self, request: &Request, files: &[File]) -> Reply {
-        let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-        self.channel.send(request, &fds).unwrap();
-        match self.next() {
-            Some(FromVmm::Reply(reply)) => reply,
-            other => panic!("{other:?} instead of a reply"),
-        }
-    }
-
-    fn next(&self) -> Option<FromVmm> {
-        let packet = self.channel.receive::<FromVmm>().unwrap();
-        packet.map(|Packet { message, .. }| message)
-    }
-
-    fn boot(&self, config: &VmConfig, files: &[File]) -> Reply {
-        self.ask(&Request::Boot(config.clone()), files)
-    }
-
-    /// What it has said, once it has ended.
-    fn last_words(&mut self) -> String {
-        let mut text = String::new();
-        if let Some(mut stderr) = self.process.stderr.take() {
-            stderr.read_to_string(&mut text).unwrap();
-        }
-        text
-    }
-}
-
-impl Drop for Vmm {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-        eprint!("{}", self.last_words());
-    }
-}
-
 fn config() -> VmConfig {
     VmConfig {
         vcpus: 1,
@@ -113,17 +38,6 @@ fn config() -> VmConfig {
         fs_bytes_per_second: 0,
         console: false,
     }
-}
-
-fn file(bytes: &[u8]) -> File {
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(bytes).unwrap();
-    file
-}
-
-fn kvm() -> File {
-    let mut options = File::options();
-    options.read(true).write(true).open("/dev/kvm").unwrap()
 }
 
 /// `/dev/kvm`, a kernel with this code at 16 MiB, and an initramfs.
@@ -160,7 +74,7 @@ fn a_guests_last_words_come_with_its_end() {
     };
     assert_eq!(vmm.next(), Some(FromVmm::Event(stopped)));
     assert_eq!(vmm.next(), None);
-    assert!(vmm.process.wait().unwrap().success());
+    assert!(vmm.exit().success());
 }
 
 #[test]
@@ -171,7 +85,7 @@ fn a_running_vm_counts_and_ends_with_its_control_socket() {
         ..config()
     };
     assert_eq!(vmm.boot(&config, &files(SPINS)), Reply::Done);
-    let Reply::Counters(counters) = vmm.ask(&Request::Counters, &[]) else {
+    let Reply::Counters(counters) = vmm.ask(&Request::Counters, NO_FILES) else {
         panic!("no counters");
     };
     let names: Vec<&str> = counters.devices.keys().map(String::as_str).collect();
@@ -180,7 +94,7 @@ fn a_running_vm_counts_and_ends_with_its_control_socket() {
     assert_eq!(twice, "The VM has been booted already");
     let (unconnected, _) = Channel::pair().unwrap();
     vmm.channel = unconnected;
-    assert!(vmm.process.wait().unwrap().success());
+    assert!(vmm.exit().success());
 }
 
 #[test]
@@ -207,7 +121,7 @@ fn what_cannot_boot_says_why_and_may_be_tried_again() {
     assert!(line.starts_with("Cannot use KVM"), "{line}");
     let line = with(&|_, files| drop(files.pop()));
     assert_eq!(line, "2 descriptors came with the request instead of 3");
-    let line = failure(vmm.ask(&Request::Counters, &[]));
+    let line = failure(vmm.ask(&Request::Counters, NO_FILES));
     assert_eq!(line, "The VM has not been booted");
     assert_eq!(vmm.boot(&config(), &files(SAYS_HI)), Reply::Done);
 }
@@ -234,8 +148,8 @@ fn shares_come_and_go_while_the_vm_runs() {
     assert!(failure(share()).contains("the name is taken"));
     let name = "share".to_owned();
     let unshare = Request::Unshare { name };
-    assert_eq!(vmm.ask(&unshare, &[]), Reply::Done);
-    assert!(failure(vmm.ask(&unshare, &[])).contains("no such share"));
+    assert_eq!(vmm.ask(&unshare, NO_FILES), Reply::Done);
+    assert!(failure(vmm.ask(&unshare, NO_FILES)).contains("no such share"));
     assert_eq!(share(), Reply::Done);
 }
 
@@ -340,7 +254,7 @@ fn a_vm_with_a_thread_that_cannot_be_restricted_does_not_run() {
         "{line}"
     );
     assert_eq!(
-        failure(vmm.ask(&Request::Counters, &[])),
+        failure(vmm.ask(&Request::Counters, NO_FILES)),
         "The VM has not been booted"
     );
 }

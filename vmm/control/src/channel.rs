@@ -125,9 +125,9 @@ impl Channel {
                 MsgFlags::MSG_CMSG_CLOEXEC,
             ) {
                 Ok(message) => message,
-                Err(Errno::EINTR) => continue,
-                // The other end closed before it had read everything.
-                Err(Errno::ECONNRESET) => return Ok(None),
+                // The second comes once, when the other end closed before it had read everything,
+                // and ahead of what it had sent.
+                Err(Errno::EINTR | Errno::ECONNRESET) => continue,
                 Err(errno) => return Err(ChannelError::Receive(errno)),
             };
             let mut fds = Vec::new();
@@ -210,6 +210,18 @@ mod tests {
         shim.send(&counters, &[]).unwrap();
         drop(vmm);
         assert!(shim.receive::<FromVmm>().unwrap().is_none());
+        assert!(shim.receive::<FromVmm>().unwrap().is_none());
+    }
+
+    #[test]
+    fn last_words_arrive_though_the_other_end_did_not_listen() {
+        let (shim, vmm) = Channel::pair().unwrap();
+        shim.send(&Request::Counters, &[]).unwrap();
+        let last = FromVmm::Event(Event::Connection { port: 7 });
+        vmm.send(&last, &[]).unwrap();
+        drop(vmm);
+        let packet = shim.receive::<FromVmm>().unwrap().unwrap();
+        assert_eq!(packet.message, last);
         assert!(shim.receive::<FromVmm>().unwrap().is_none());
     }
 

@@ -1,0 +1,152 @@
+//! `bulkhead-vmm` as a process, and the other end of its control socket.
+#![allow(dead_code, reason = "no test uses all of it")]
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::process::CommandExt,
+    },
+    process::{Child, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+use bulkhead_vmm_control::{
+    Channel, FromVmm, IdRange, Launch, Packet, Reply, Request, UserNamespace, VmConfig,
+    in_new_pid_namespace,
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, pidfd_open},
+};
+use seccompiler::{BpfProgram, apply_filter};
+
+/// How long a VMM may take to answer, or to end.
+pub const LIMIT: Duration = Duration::from_secs(60);
+
+pub struct Vmm {
+    pub process: Child,
+    pub channel: Channel,
+}
+
+impl Vmm {
+    pub fn start() -> Self {
+        Self::start_under(Vec::new())
+    }
+
+    /// Starts one whose standard error goes there.
+    pub fn start_with(stderr: Stdio) -> Self {
+        Self::launch(stderr, Vec::new())
+    }
+
+    /// Starts one under system call filters of the test's.
+    pub fn start_under(filters: Vec<BpfProgram>) -> Self {
+        Self::launch(Stdio::piped(), filters)
+    }
+
+    fn launch(stderr: Stdio, filters: Vec<BpfProgram>) -> Self {
+        let (channel, theirs) = Channel::pair().unwrap();
+        let range = IdRange {
+            first: 0x7000_0000,
+            count: 65_536,
+        };
+        let namespace = UserNamespace::create(range).unwrap();
+        let launch = Launch {
+            control: theirs,
+            user_namespace: namespace.as_fd().try_clone_to_owned().unwrap(),
+            cgroup: None,
+            oom_score_adj: None,
+        };
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-vmm"));
+        launch.prepare(&mut command, stderr);
+        // SAFETY: prctl(2) and seccomp(2) are async-signal-safe.
+        unsafe {
+            command.pre_exec(move || {
+                filters
+                    .iter()
+                    .try_for_each(|filter| apply_filter(filter))
+                    .map_err(|_| io::Error::last_os_error())
+            });
+        }
+        let process = in_new_pid_namespace(|| command.spawn()).unwrap();
+        Self { process, channel }
+    }
+
+    /// What it has said on its standard error, once it has ended.
+    pub fn last_words(&mut self) -> String {
+        let mut text = String::new();
+        if let Some(mut stderr) = self.process.stderr.take() {
+            stderr.read_to_string(&mut text).unwrap();
+        }
+        text
+    }
+
+    pub fn ask(&self, request: &Request, files: &[impl AsFd]) -> Reply {
+        let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+        self.channel.send(request, &fds).unwrap();
+        match self.next() {
+            Some(FromVmm::Reply(reply)) => reply,
+            other => panic!("{other:?} instead of a reply"),
+        }
+    }
+
+    pub fn boot(&self, config: &VmConfig, files: &[File]) -> Reply {
+        self.ask(&Request::Boot(config.clone()), files)
+    }
+
+    pub fn next(&self) -> Option<FromVmm> {
+        self.next_packet().map(|Packet { message, .. }| message)
+    }
+
+    /// The next message with its descriptors, or nothing at the end.
+    pub fn next_packet(&self) -> Option<Packet<FromVmm>> {
+        let channel = self.channel.as_fd();
+        let ready = wait(&mut [PollFd::new(&channel, PollFlags::IN)], LIMIT);
+        assert!(ready, "no message within {LIMIT:?}");
+        self.channel.receive().unwrap()
+    }
+
+    /// Waits for the end of the process.
+    pub fn exit(&mut self) -> ExitStatus {
+        let pid = Pid::from_child(&self.process);
+        let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+        let ended = wait(&mut [PollFd::new(&process, PollFlags::IN)], LIMIT);
+        assert!(ended, "the VMM has not ended within {LIMIT:?}");
+        self.process.wait().unwrap()
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        eprint!("{}", self.last_words());
+    }
+}
+
+/// Waits until something has happened, and returns whether it has.
+pub fn wait(polled: &mut [PollFd<'_>], limit: Duration) -> bool {
+    let end = Instant::now() + limit;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let timeout = Timespec::try_from(left).unwrap();
+        match poll(polled, Some(&timeout)) {
+            Ok(count) => return count > 0,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => panic!("{errno}"),
+        }
+    }
+}
+
+pub fn file(bytes: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+pub fn kvm() -> File {
+    let mut options = File::options();
+    options.read(true).write(true).open("/dev/kvm").unwrap()
+}
