@@ -460,3 +460,48 @@ pub async fn refused() {
     containerd.assert_nothing_left("c1");
     assert_eq!(containerd.topics(), Vec::<String>::new());
 }
+
+/// Hooks that run before the container see its root on the host, and can change it; afterwards it
+/// is the VM's alone.
+pub async fn hooks() {
+    let containerd = Containerd::new("normal").await;
+    let directory = containerd.directory.path();
+    let [upper, work] = ["upper", "work"].map(|name| directory.join(name));
+    fs::create_dir(&upper).unwrap();
+    fs::create_dir(&work).unwrap();
+    containerd.add_bundle("c1", None, &["sleep"]);
+    let bundle = containerd.bundle("c1");
+    let path = bundle.join("config.json");
+    let mut spec: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let root = bundle.join("rootfs");
+    let script = format!("cp {0}/hello {0}/copy", root.display());
+    spec["hooks"] = serde_json::json!({
+        "createRuntime": [{"path": "/bin/sh", "args": ["sh", "-c", script]}],
+    });
+    fs::write(&path, spec.to_string()).unwrap();
+    let mut request = containerd.create_request("c1");
+    let image = directory.join("image");
+    request.rootfs[0].type_ = "overlay".into();
+    request.rootfs[0].source = "overlay".into();
+    request.rootfs[0].options = vec![
+        format!("lowerdir={}", image.display()),
+        format!("upperdir={}", upper.display()),
+        format!("workdir={}", work.display()),
+    ];
+    let (client, _) = containerd.start_shim("c1").await;
+    client.create(deadline(), &request).await.unwrap();
+    assert_eq!(
+        fs::read_to_string(upper.join("copy")).unwrap(),
+        "from the image"
+    );
+    assert!(!image.join("copy").exists());
+    assert_eq!(
+        fs::read_dir(&root).unwrap().count(),
+        0,
+        "it is still mounted"
+    );
+    client.delete(deadline(), &delete("c1", "")).await.unwrap();
+    shut_down(&client).await;
+    containerd.assert_nothing_left("c1");
+}

@@ -33,6 +33,7 @@ fn trials() -> Vec<Trial> {
         trial("errors_have_their_codes", lifecycle::error_codes),
         trial("pods_are_shared_by_annotation", lifecycle::groups),
         trial("a_refused_container_leaves_nothing", lifecycle::refused),
+        trial("early_hooks_find_the_root", lifecycle::hooks),
         trial("a_killed_vmm_releases_everybody", crashes::vmm_killed),
         trial("a_stuck_guest_is_killed_from_outside", crashes::guest_stuck),
         trial("a_killed_anchor_kills_its_process", crashes::anchor_killed),
