@@ -9,10 +9,11 @@ use rustix::{
 };
 
 /// What a shim works with: mounts, namespaces and idmaps (`SYS_ADMIN`, `SETUID`, `SETGID`), the files
-/// that overlayfs changes in its name (`CHOWN` to `SETFCAP`), children of other users (`KILL`), and
-/// their OOM preference (`SYS_RESOURCE`).
+/// that overlayfs changes in its name (`CHOWN` to `SETFCAP`) and finds again by their handles
+/// (`DAC_READ_SEARCH`), children of other users (`KILL`), and their OOM preference (`SYS_RESOURCE`).
 pub const SHIM: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::DAC_READ_SEARCH)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID)
     .union(CapabilitySet::KILL)
