@@ -446,4 +446,23 @@ mod tests {
             "docs/security.md should contain:\n{tables}"
         );
     }
+
+    /// What follows an opening bracket at the beginning of an entry.
+    fn attempts(source: &str) -> Vec<&str> {
+        let list = source.split("pub const ATTEMPTS").nth(1).unwrap();
+        list.split('(')
+            .filter_map(|entry| entry.trim_start().strip_prefix('"')?.split_once("\","))
+            .map(|(name, _)| name)
+            .collect()
+    }
+
+    #[test]
+    fn the_documentation_lists_every_attempt_to_break_out() {
+        let attempts = attempts(include_str!("../../../vmm/src/back_door.rs"));
+        assert!(attempts.len() > 50, "{attempts:?}");
+        let document = include_str!("../../../docs/security.md");
+        for attempt in attempts {
+            assert!(document.contains(&format!("\n- {attempt}\n")), "{attempt}");
+        }
+    }
 }

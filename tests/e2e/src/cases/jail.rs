@@ -121,15 +121,21 @@ fn broken_out(setting: &Setting) -> Result<()> {
         let _config = Config::replace(&format!("vmm = {OPEN_VMM:?}\n"))?;
         // A neighbour, whose process and files are there to be reached.
         let _neighbour = setting.container().detach(&["sleep", "100000"])?;
-        let container = setting.container().debian().detach(&["sleep", "100000"])?;
+        let container = setting
+            .container()
+            .debian()
+            .flags(&["--privileged"])
+            .detach(&["sleep", "100000"])?;
         let script = "import os\n\
                       try: os.getxattr('/etc/passwd', 'user.bulkhead.break-out')\n\
                       except OSError: pass";
         container
             .exec(&[], &["python3", "-c", script])?
             .succeeds()?;
-        // The threads have their turn when there is something to do: output, and an end.
-        container.exec(&[], &["echo", "hello"])?.succeeds()?;
+        // Each thread has its turn when there is something for it to do: output, an error on the
+        // guest's console, an end.
+        let script = "echo '<3>hello' > /dev/kmsg";
+        container.exec(&[], &["sh", "-c", script])?.succeeds()?;
         drop(container);
         log.tail(1 << 20)?
     };
