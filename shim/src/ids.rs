@@ -17,7 +17,10 @@ use thiserror::Error;
 /// Name of the file of claims, in the state directory of all pods.
 const FILE: &str = "ids";
 
+// `struct flock` has short fields for constants that are small but ints.
+#[allow(clippy::cast_possible_truncation, reason = "it is 1")]
 const WRITE_LOCK: libc::c_short = libc::F_WRLCK as libc::c_short;
+#[allow(clippy::cast_possible_truncation, reason = "it is 0")]
 const START: libc::c_short = libc::SEEK_SET as libc::c_short;
 
 /// No range for a pod.
