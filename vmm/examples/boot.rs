@@ -25,12 +25,8 @@ use std::{
 };
 
 use bulkhead_vmm_control::{
-    Channel, Event, FromVmm, IdRange, Launch, Packet, Reply, Request, UserNamespace, VmConfig,
-    in_new_pid_namespace,
+    Channel, Event, FromVmm, Packet, Reply, Request, VmConfig, spawn_alone,
 };
-
-/// The host's id that is the VMM's.
-const FIRST_ID: u32 = 0x7000_0000;
 
 struct Options {
     vmm: PathBuf,
@@ -48,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let begin = Instant::now();
     let (ours, theirs) = Channel::pair()?;
-    let mut vmm = spawn(&options.vmm, theirs)?;
+    let mut vmm = spawn_alone(Command::new(&options.vmm), theirs, Stdio::inherit())?;
     let mut files = vec![
         File::options().read(true).write(true).open("/dev/kvm")?,
         File::open(kernel)?,
@@ -104,23 +100,6 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Starts the VMM with the socket as its descriptor 3.
-fn spawn(path: &PathBuf, control: Channel) -> Result<std::process::Child, Box<dyn Error>> {
-    let range = IdRange {
-        first: FIRST_ID,
-        count: 65_536,
-    };
-    let namespace = UserNamespace::create(range)?;
-    let launch = Launch {
-        control,
-        user_namespace: namespace.as_fd().try_clone_to_owned()?,
-        cgroup: None,
-        oom_score_adj: None,
-    };
-    let mut command = Command::new(path);
-    launch.prepare(&mut command, Stdio::inherit());
-    Ok(in_new_pid_namespace(|| command.spawn())?)
-}
-
 /// The clock of [`bulkhead_vmm_control::Counters::entered_ns`].
 fn now_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);

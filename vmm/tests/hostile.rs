@@ -28,11 +28,11 @@ use bulkhead_hostile::{
     options::Role,
 };
 use bulkhead_vmm_control::{
-    ChannelError, Event, FromVmm, Packet, Reply, Request, StopReason, VmConfig,
+    ChannelError, Event, FromVmm, IDS_ALONE, Packet, Reply, Request, StopReason, VmConfig,
 };
 use rustix::{
     event::{PollFd, PollFlags},
-    fs::{Dir, Mode, OFlags, mkdirat, openat},
+    fs::{AtFlags, Dir, Gid, Mode, OFlags, Uid, chownat, mkdirat, openat},
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
         fsopen,
@@ -132,8 +132,10 @@ impl Files {
         let files = Self(fsmount(context.as_fd(), flags, attributes).unwrap());
         for name in ["share", "other"] {
             mkdirat(&files.0, name, Mode::RWXU).unwrap();
+            files.give(name);
         }
         files.write("share/file", calm::CONTENT);
+        files.give("share/file");
         files.write("outside", CANARY);
         files
     }
@@ -142,6 +144,15 @@ impl Files {
         let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
         let fd = openat(&self.0, path, flags, Mode::RUSR | Mode::WUSR).unwrap();
         File::from(fd).write_all(content).unwrap();
+    }
+
+    /// Makes the VMM its owner.
+    fn give(&self, path: &str) {
+        let (user, group) = (
+            Uid::from_raw(IDS_ALONE.first),
+            Gid::from_raw(IDS_ALONE.first),
+        );
+        chownat(&self.0, path, Some(user), Some(group), AtFlags::empty()).unwrap();
     }
 
     fn directory(&self, name: &str) -> OwnedFd {

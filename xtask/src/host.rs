@@ -9,15 +9,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use bulkhead_rootfs_builder::{INITRAMFS, VMLINUX};
 use bulkhead_vmm_control::{
-    Channel, Event, FromVmm, IdRange, Launch, Packet, Reply, Request, UserNamespace, VmConfig,
-    in_new_pid_namespace,
+    Channel, Event, FromVmm, Packet, Reply, Request, VmConfig, spawn_alone,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::build::Built;
-
-/// The host's id that the VMM has; no pod runs yet.
-const FIRST_ID: u32 = 0x7000_0000;
 
 /// How long a guest may take to its agent's first word, and then some: 1 s is slow hardware.
 const BOOT_LIMIT: Duration = Duration::from_secs(10);
@@ -89,22 +85,8 @@ fn trial_boot(built: &Built) -> Result<()> {
 struct Vmm(Child);
 
 impl Vmm {
-    /// Starts it as the shim does, but where this process is.
     fn start(program: &Path, control: Channel) -> Result<Self> {
-        let range = IdRange {
-            first: FIRST_ID,
-            count: 65_536,
-        };
-        let namespace = UserNamespace::create(range)?;
-        let launch = Launch {
-            control,
-            user_namespace: namespace.as_fd().try_clone_to_owned()?,
-            cgroup: None,
-            oom_score_adj: None,
-        };
-        let mut command = Command::new(program);
-        launch.prepare(&mut command, Stdio::inherit());
-        let child = in_new_pid_namespace(|| command.spawn())
+        let child = spawn_alone(Command::new(program), control, Stdio::inherit())
             .with_context(|| format!("run {}", program.display()))?;
         Ok(Vmm(child))
     }

@@ -452,6 +452,7 @@ mod tests {
         let list = source.split("pub const ATTEMPTS").nth(1).unwrap();
         list.split('(')
             .filter_map(|entry| entry.trim_start().strip_prefix('"')?.split_once("\","))
+            .filter(|(_, rest)| rest.trim_start().starts_with("||"))
             .map(|(name, _)| name)
             .collect()
     }

@@ -4,13 +4,13 @@ use std::{
     fs::File,
     io::{self, Write},
     os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::process::CommandExt,
     },
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
 };
 
-use crate::Channel;
+use crate::{Channel, IdRange, UserNamespace, in_new_pid_namespace};
 
 /// Descriptor of the VMM's end of the control socket.
 pub const CONTROL_FD: i32 = 3;
@@ -66,6 +66,25 @@ impl Launch {
         // the one above is put together on the stack.
         unsafe { command.pre_exec(setup) };
     }
+}
+
+/// The ids of a VMM that is started without a shim: no pod has them by default.
+pub const IDS_ALONE: IdRange = IdRange {
+    first: 0x6fff_0000,
+    count: 0x1_0000,
+};
+
+/// Starts a VMM without a shim, for tools and tests: with [`IDS_ALONE`], and where this process is.
+pub fn spawn_alone(mut command: Command, control: Channel, stderr: Stdio) -> io::Result<Child> {
+    let namespace = UserNamespace::create(IDS_ALONE).map_err(io::Error::other)?;
+    let launch = Launch {
+        control,
+        user_namespace: namespace.as_fd().try_clone_to_owned()?,
+        cgroup: None,
+        oom_score_adj: None,
+    };
+    launch.prepare(&mut command, stderr);
+    in_new_pid_namespace(|| command.spawn())
 }
 
 /// Gives each descriptor its number, and lets no other survive execve(2).

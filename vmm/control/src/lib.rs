@@ -16,7 +16,7 @@ mod user_namespace;
 
 pub use capabilities::NEEDED_CAPABILITIES;
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_MESSAGE, Packet};
-pub use launch::{CONTROL_FD, FIRST_FREE_FD, Launch, USER_NAMESPACE_FD};
+pub use launch::{CONTROL_FD, FIRST_FREE_FD, IDS_ALONE, Launch, USER_NAMESPACE_FD, spawn_alone};
 pub use message::{
     Counters, DeviceCounters, Event, FromVmm, JailTimes, Reply, Request, StopReason, VmConfig,
 };

@@ -91,6 +91,7 @@ pub fn common() -> Vec<Call> {
         restart_syscall(),
         getrandom(),
         sched_getaffinity(0),
+        clock_gettime(libc::CLOCK_MONOTONIC),
         brk(),
         mmap(0, 0, READ_WRITE, ANONYMOUS, -1),
         mmap(0, 0, 0, ANONYMOUS | libc::MAP_NORESERVE, -1),
@@ -114,7 +115,6 @@ fn vcpu() -> Vec<Call> {
         ioctl(-1, kvm::<()>(_IOC_NONE, 0x80)),
         ioctl(-1, kvm::<kvm_irq_routing>(_IOC_WRITE, 0x6a)),
         ioctl(-1, kvm::<kvm_regs>(_IOC_READ, 0x81)),
-        clock_gettime(libc::CLOCK_MONOTONIC),
     ]
 }
 
@@ -145,6 +145,7 @@ fn fs() -> Vec<Call> {
     calls![
         epoll_wait(-1),
         read(-1),
+        clock_nanosleep(libc::CLOCK_REALTIME),
         openat(ANY_FD, 0, O_RDWR | O_CLOEXEC),
         openat(ANY_FD, 0, O_PATH | O_CLOEXEC),
         openat2(-1),

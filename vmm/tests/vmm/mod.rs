@@ -12,10 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bulkhead_vmm_control::{
-    Channel, FromVmm, IdRange, Launch, Packet, Reply, Request, UserNamespace, VmConfig,
-    in_new_pid_namespace,
-};
+use bulkhead_vmm_control::{Channel, FromVmm, Packet, Reply, Request, VmConfig, spawn_alone};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, PidfdFlags, pidfd_open},
@@ -47,19 +44,7 @@ impl Vmm {
 
     fn launch(stderr: Stdio, filters: Vec<BpfProgram>) -> Self {
         let (channel, theirs) = Channel::pair().unwrap();
-        let range = IdRange {
-            first: 0x7000_0000,
-            count: 65_536,
-        };
-        let namespace = UserNamespace::create(range).unwrap();
-        let launch = Launch {
-            control: theirs,
-            user_namespace: namespace.as_fd().try_clone_to_owned().unwrap(),
-            cgroup: None,
-            oom_score_adj: None,
-        };
         let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-vmm"));
-        launch.prepare(&mut command, stderr);
         // SAFETY: prctl(2) and seccomp(2) are async-signal-safe.
         unsafe {
             command.pre_exec(move || {
@@ -69,7 +54,7 @@ impl Vmm {
                     .map_err(|_| io::Error::last_os_error())
             });
         }
-        let process = in_new_pid_namespace(|| command.spawn()).unwrap();
+        let process = spawn_alone(command, theirs, stderr).unwrap();
         Self { process, channel }
     }
 
