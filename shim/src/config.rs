@@ -110,7 +110,7 @@ impl Default for Config {
             // Between the ids that systemd gives to containers and those that it calls foreign.
             id_start: 0x7000_0000,
             id_count: 0x0ffe_0000,
-            ids_per_pod: 65_536,
+            ids_per_pod: 0x4_0000,
             cgroup_limits: true,
         }
     }

@@ -26,6 +26,9 @@ pub const MAGIC: &[u8] = b"user.bulkhead.break-out";
 /// The most descriptors that are tried.
 const DESCRIPTORS: c_long = 64;
 
+/// The first user id that a pod has not by default.
+const NOT_ITS_OWN: c_long = 0x4_0000;
+
 static OPEN: AtomicBool = AtomicBool::new(false);
 
 thread_local! {
@@ -343,14 +346,14 @@ pub const ATTEMPTS: &[(&str, Attempt)] = &[
     }),
     // Rights
     ("become root of the host", || {
-        call!(SYS_setresuid, -1, 65536, -1)
+        call!(SYS_setresuid, -1, NOT_ITS_OWN, -1)
     }),
     ("serve files as somebody else of the host", || {
         // setfsuid(2) tells the id before, whether it has changed it or not.
-        call!(SYS_setfsuid, 65536)?;
+        call!(SYS_setfsuid, NOT_ITS_OWN)?;
         // SAFETY: -1 is no id, and only asks.
         match unsafe { syscall(libc::SYS_setfsuid, -1) } {
-            65536 => Ok(()),
+            NOT_ITS_OWN => Ok(()),
             _ => Err(io::ErrorKind::PermissionDenied.into()),
         }
     }),

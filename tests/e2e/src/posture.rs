@@ -42,10 +42,10 @@ const NONE: &str = "none";
 
 /// `bulkhead-vmm`
 pub const VMM: &[Row] = &[
-    row("user ids", "0 to 65535 are the pod's own", |t| {
+    row("user ids", "0 to 262143 are the pod's own", |t| {
         t.ids("uid_map")
     }),
-    row("group ids", "0 to 65535 are the pod's own", |t| {
+    row("group ids", "0 to 262143 are the pod's own", |t| {
         t.ids("gid_map")
     }),
     row("user", "0 of the pod's own", |t| t.user("Uid")),
@@ -187,7 +187,7 @@ const CAPABILITIES: [&str; 41] = [
 
 /// The ids that are set aside by default.
 const FIRST_ID: u32 = 0x7000_0000;
-const IDS_PER_POD: u32 = 65_536;
+const IDS_PER_POD: u32 = 0x4_0000;
 
 /// Compares a process with its table; names every difference.
 pub fn compare(who: &str, pid: i32, rows: &[Row]) -> Result<()> {
@@ -249,7 +249,7 @@ impl Target {
 
     fn ids(&self, map: &str) -> Result<String> {
         self.first_id(map)?;
-        Ok("0 to 65535 are the pod's own".to_owned())
+        Ok("0 to 262143 are the pod's own".to_owned())
     }
 
     /// The real, effective, saved and file system id.

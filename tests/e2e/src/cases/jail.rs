@@ -49,7 +49,7 @@ const WRITES: &str = "
     set -e
     mkdir -p /w/d /w/sgid
     echo a > /w/f; chown 12:34 /w/f; chmod 6755 /w/f
-    echo b > /w/max; chown 65535:65534 /w/max
+    echo b > /w/max; chown 262143:262142 /w/max
     ln /w/f /w/hard; ln -s /no/where /w/soft; chown -h 7:8 /w/soft
     mkfifo /w/fifo
     chown 0:99 /w/sgid; chmod 2775 /w/sgid; touch /w/sgid/inherits
@@ -67,7 +67,7 @@ fn ownership(setting: &Setting) -> Result<()> {
         Ok::<_, anyhow::Error>(without_times(&description))
     };
     let (runc, tested) = (written(RUNC)?, written(&setting.runtime)?);
-    ensure!(runc.contains("w/max 100644 65535:65534"), "{runc}");
+    ensure!(runc.contains("w/max 100644 262143:262142"), "{runc}");
     ensure!(
         runc == tested,
         "under runc:\n{runc}under the runtime under test:\n{tested}"
