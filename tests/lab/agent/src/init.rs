@@ -1,6 +1,7 @@
 //! PID 1: from the initramfs to the root file system, then reaping until the server ends.
 
 use std::fs::{self, File};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -47,6 +48,7 @@ fn live() -> Result<()> {
     fs::copy("/proc/self/exe", AGENT_IN_LAB).context(|| format!("write {AGENT_IN_LAB}"))?;
     helper(Command::new("modprobe").arg("--all").args(MODULES))?;
     helper(Command::new("ip").args(["link", "set", "lo", "up"]))?;
+    let _vm = keep_vm()?;
     write("/proc/sys/net/ipv4/ip_forward", "1")?;
     let server = Command::new(AGENT_IN_LAB)
         .arg("serve")
@@ -89,6 +91,29 @@ fn leave_first_processor() -> Result<()> {
             .context(|| "leave CPU 0".into())?;
     }
     Ok(())
+}
+
+nix::ioctl_write_int_bad!(
+    /// `KVM_CREATE_VM` (linux/kvm.h)
+    create_vm,
+    nix::request_code_none!(0xae, 0x01)
+);
+
+/// Makes a VM that is there as long as the lab is.
+///
+/// With the first VM and after the last, the host's kernel patches the code of each task switch
+/// (`preempt_notifier_key`), by way of a breakpoint instruction. A processor that QEMU emulates may
+/// meet the breakpoint after the patch is complete, and then the kernel panics ("Oops: int3").
+fn keep_vm() -> Result<OwnedFd> {
+    let kvm = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .context(|| "open /dev/kvm".into())?;
+    // SAFETY: the request takes a plain integer, the kind of the machine.
+    let vm = unsafe { create_vm(kvm.as_raw_fd(), 0) }.context(|| "create a VM".into())?;
+    // SAFETY: the request has made the descriptor, which nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(vm) })
 }
 
 /// Loads the disk's driver, mounts the disk and makes it the root.
