@@ -220,8 +220,9 @@ fn same_lines(count: usize, runc: &str, tested: &str) -> Result<()> {
 /// Directories of about 100 files each.
 const DIRECTORIES: u64 = 200;
 
-/// Files, links, a FIFO and a device: what every tenth directory holds.
-const NAMES_OF_TENTH: usize = 96 + 3 + 2;
+/// Files, links and a FIFO: what every tenth directory holds. (A device is refused by design; the
+/// comparison of files asks for that.)
+const NAMES_OF_TENTH: usize = 96 + 3 + 1;
 
 /// Writes an archive with a bit of everything and returns how many names it holds.
 fn write_tree(path: &Path) -> Result<usize> {
@@ -247,10 +248,6 @@ fn write_tree(path: &Path) -> Result<usize> {
                         .iter()
                         .map(|(key, value)| (*key, value.as_slice())),
                 )?;
-            }
-            if kind == EntryType::Char {
-                header.set_device_major(1)?;
-                header.set_device_minor(3)?;
             }
             names += 1;
             if target.is_empty() {
@@ -301,7 +298,6 @@ fn write_tree(path: &Path) -> Result<usize> {
         )?;
         if directory % 10 == 0 {
             entry(EntryType::Fifo, &format!("{top}/pipe"), 0o640, 4, &[], "")?;
-            entry(EntryType::Char, &format!("{top}/null"), 0o666, 5, &[], "")?;
         }
     }
     archive.into_inner()?.flush()?;
