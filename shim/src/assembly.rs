@@ -6,7 +6,7 @@
 //! What comes out is detached, and the rest goes with the thread.
 
 use std::{
-    fs,
+    fs, io,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
@@ -59,7 +59,8 @@ pub async fn assemble(
         .name("rootfs".to_owned())
         .spawn(work)
         .map_err(RootfsError::Thread)?;
-    result.await.unwrap_or(Err(RootfsError::Missing))
+    let ended = |_| RootfsError::Thread(io::Error::other("it ended without an answer"));
+    result.await.map_err(ended)?
 }
 
 struct Assembly<'a> {

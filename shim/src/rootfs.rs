@@ -47,7 +47,7 @@ pub enum RootfsError {
     #[error("Cannot mount the root file system")]
     Tree(#[from] TreeError),
     /// There is no thread to mount in.
-    #[error("Cannot start a thread to mount the root file system")]
+    #[error("Cannot run a thread to mount the root file system")]
     Thread(#[source] io::Error),
     /// The thread cannot be separated from the host's mounts.
     #[error("Cannot create a mount namespace for the root file system")]

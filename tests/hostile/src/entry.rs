@@ -243,6 +243,7 @@ fn panic(info: &PanicInfo<'_>) -> ! {
 }
 
 // What compiled code calls for memory. Loops would be compiled to calls of themselves.
+// SAFETY: each asks of its caller what the C function of its name does.
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
