@@ -36,7 +36,7 @@ use crate::{
         virtio::{
             CALM, Device,
             console::{Console, ConsoleHandler},
-            fs::{Fs, FsWorkers, Limits},
+            fs::{Fs, FsHandler, FsWorkers, Limits},
             mmio::Transport,
             registers::register,
             rng::{Rng, RngHandler},
@@ -315,7 +315,8 @@ impl<'v> Devices<'v> {
         // back meanwhile; beyond a few they only wait for the same disk.
         let threads = usize::from(config.vcpus).min(MAX_FS_THREADS - 1) + 1;
         let limits = Limits::new(config.fs_requests_per_second, config.fs_bytes_per_second);
-        Ok(FsWorkers::spawn(transport, server, threads, limits)?)
+        let handler = FsHandler::new(transport, server, limits);
+        Ok(FsWorkers::spawn(handler, threads)?)
     }
 
     fn add_rng(&mut self) -> Result<(), BuildError> {

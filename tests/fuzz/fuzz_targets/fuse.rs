@@ -1,12 +1,10 @@
 #![no_main]
 //! The file server against requests of any kind, on a directory of its own.
 
-use std::fs;
-
 use arbitrary::Arbitrary;
-use bulkhead_fs::{FileServer, ShareOptions};
+use bulkhead_fs::FileServer;
+use bulkhead_fuzz::file_server;
 use libfuzzer_sys::fuzz_target;
-use rustix::fs::{Mode, OFlags, open};
 use vm_memory::VolatileSlice;
 
 /// Of a request's header.
@@ -46,21 +44,7 @@ const KNOWN: [&[u8]; 8] = [
 ];
 
 fuzz_target!(|requests: Vec<Request>| {
-    // Devices in it could not be opened.
-    let directory = tempfile::tempdir_in("/dev/shm").expect("a directory");
-    fs::write(directory.path().join("file"), b"content").expect("a file");
-    fs::create_dir(directory.path().join("directory")).expect("a directory");
-    std::os::unix::fs::symlink("/etc/passwd", directory.path().join("link")).expect("a link");
-    let path = OFlags::PATH | OFlags::CLOEXEC;
-    let proc_self_fd = open("/proc/self/fd", path, Mode::empty()).expect("/proc");
-    let server = FileServer::new(proc_self_fd).expect("a server");
-    let root = open(directory.path(), path, Mode::empty()).expect("the directory");
-    let options = ShareOptions {
-        read_only: false,
-        exclusive: true,
-    };
-    server.share("share", root, options).expect("a share");
-
+    let (server, _directory) = file_server();
     let mut init = vec![0; 64];
     init[..12].copy_from_slice(&[7, 0, 0, 0, 41, 0, 0, 0, 0, 0, 2, 0]);
     init[12..16].copy_from_slice(&u32::MAX.to_le_bytes());

@@ -1,13 +1,16 @@
-//! A driver that keeps to no rules, for the devices of the VMM.
+//! A driver that keeps to no rules, for the devices of the VMM, and a file server with a few files.
 
-use std::sync::Arc;
+use std::{fs, os::unix::fs::symlink, sync::Arc};
 
 use arbitrary::Arbitrary;
+use bulkhead_fs::{FileServer, ShareOptions};
 use bulkhead_vmm::{
     bus::MmioDevice,
     devices::virtio::{Device, mmio::Transport},
     memory::{self, GuestMemory},
 };
+use rustix::fs::{Mode, OFlags, open};
+use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -153,4 +156,23 @@ impl<D: Device> Rig<D> {
         // What does not fit is cut off at the end of memory.
         let _ = self.memory.write(bytes, GuestAddress(address));
     }
+}
+
+/// A file server with one share, a new directory with a file, a directory and a link that leads out.
+pub fn file_server() -> (FileServer, TempDir) {
+    // Devices in it could not be opened.
+    let directory = tempfile::tempdir_in("/dev/shm").expect("a directory");
+    fs::write(directory.path().join("file"), b"content").expect("a file");
+    fs::create_dir(directory.path().join("directory")).expect("a directory");
+    symlink("/etc/passwd", directory.path().join("link")).expect("a link");
+    let path = OFlags::PATH | OFlags::CLOEXEC;
+    let proc_self_fd = open("/proc/self/fd", path, Mode::empty()).expect("/proc");
+    let server = FileServer::new(proc_self_fd).expect("a server");
+    let root = open(directory.path(), path, Mode::empty()).expect("the directory");
+    let options = ShareOptions {
+        read_only: false,
+        exclusive: true,
+    };
+    server.share("share", root, options).expect("a share");
+    (server, directory)
 }

@@ -104,6 +104,13 @@ impl Serve for FileServer {
     }
 }
 
+/// The device with what serves its requests. Any number of threads may use it at once.
+pub struct FsHandler {
+    transport: Arc<Transport<Fs>>,
+    server: Arc<dyn Serve>,
+    limits: Limits,
+}
+
 /// The device at work. Dropping it ends its threads after the requests that they are at.
 pub struct FsWorkers {
     shared: Arc<Shared>,
@@ -111,13 +118,11 @@ pub struct FsWorkers {
 }
 
 struct Shared {
-    transport: Arc<Transport<Fs>>,
-    server: Arc<dyn Serve>,
+    handler: FsHandler,
     epoll: Epoll,
     more: EventFd,
     stop: EventFd,
     idle: AtomicUsize,
-    limits: Limits,
 }
 
 /// How fast a guest may use the host's file systems.
@@ -154,142 +159,79 @@ impl Limits {
     }
 }
 
-impl FsWorkers {
-    /// Starts `threads` threads, under [`Filter::Fs`].
-    pub fn spawn(
-        transport: Arc<Transport<Fs>>,
-        server: Arc<dyn Serve>,
-        threads: usize,
-        limits: Limits,
-    ) -> Result<Self, EventLoopError> {
-        let event = || EventFd::new(EFD_NONBLOCK).map_err(EventLoopError::Create);
-        let shared = Arc::new(Shared {
+impl FsHandler {
+    /// A device whose requests `server` answers.
+    pub fn new(transport: Arc<Transport<Fs>>, server: Arc<dyn Serve>, limits: Limits) -> Self {
+        Self {
             transport,
             server,
-            epoll: Epoll::new().map_err(EventLoopError::Create)?,
-            more: event()?,
-            stop: event()?,
-            idle: AtomicUsize::new(0),
             limits,
-        });
-        shared.watch().map_err(EventLoopError::Watch)?;
-        let mut workers = Self {
-            shared,
-            threads: Vec::new(),
-        };
-        for _ in 0..threads {
-            let shared = workers.shared.clone();
-            let server = shared.server.clone();
-            workers.threads.push(thread::start(
-                "fs".to_owned(),
-                Filter::Fs,
-                move || server.prepare(),
-                move || shared.run(),
-            )?);
         }
-        Ok(workers)
+    }
+
+    /// Serves requests until the queues are empty. `more` is called while one is about to be served
+    /// and others wait behind it.
+    pub fn serve(&self, more: impl Fn()) {
+        while let Some((index, chain)) = self.take(&more) {
+            #[cfg(feature = "back-door")]
+            crate::back_door::look_at(&chain.readable);
+            let length = self.server.serve(&chain);
+            self.give_back(index, &chain, length);
+            self.limits.served(length + queue::total(&chain.readable));
+        }
     }
 
     /// Takes down the device.
     pub fn save(&self) -> State {
         State {
-            transport: self.shared.transport.save(),
+            transport: self.transport.save(),
         }
     }
 
     /// Puts a saved device into a new one.
     pub fn restore(&self, state: &State) -> Result<(), RestoreError> {
-        self.shared.transport.restore(&state.transport)
-    }
-}
-
-impl Drop for FsWorkers {
-    fn drop(&mut self) {
-        event_loop::signal(&self.shared.stop);
-        for thread in self.threads.drain(..) {
-            // A panic of the thread has been reported by the panic hook.
-            let _ = thread.join();
-        }
-    }
-}
-
-impl Shared {
-    fn watch(&self) -> io::Result<()> {
-        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        let kick = &self.transport.kick;
-        // Stop is level-triggered: it wakes every thread.
-        for (event, events, token) in [
-            (kick, edge, KICK),
-            (&self.more, edge, MORE),
-            (&self.stop, EventSet::IN, STOP),
-        ] {
-            let event_fd = event.as_raw_fd();
-            self.epoll.ctl(
-                ControlOperation::Add,
-                event_fd,
-                EpollEvent::new(events, token),
-            )?;
-        }
-        Ok(())
+        self.transport.restore(&state.transport)
     }
 
-    fn run(&self) {
-        let mut events = [EpollEvent::default()];
-        loop {
-            self.idle.fetch_add(1, Ordering::SeqCst);
-            let waited = event_loop::wait(&self.epoll, &mut events);
-            self.idle.fetch_sub(1, Ordering::SeqCst);
-            match (waited, events[0].data()) {
-                (None, _) | (Some(_), STOP) => return,
-                (Some(_), KICK) => {
-                    let kicks = event_loop::take(&self.transport.kick);
-                    self.transport.stats.kicked(kicks);
-                }
-                _ => {}
-            }
-            while let Some((index, chain)) = self.take() {
-                #[cfg(feature = "back-door")]
-                crate::back_door::look_at(&chain.readable);
-                let length = self.server.serve(&chain);
-                self.give_back(index, &chain, length);
-                self.limits.served(length + queue::total(&chain.readable));
-            }
-        }
-    }
-
-    /// Takes the next request from whichever queue has one, and wakes another thread when there are
-    /// more, so that none waits behind a slow one.
-    fn take(&self) -> Option<(usize, Chain<'_>)> {
+    /// Takes the next request from whichever queue has one.
+    fn take(&self, more: impl Fn()) -> Option<(usize, Chain<'_>)> {
         let memory = &self.transport.memory;
-        let mut inner = self.transport.lock();
-        if !inner.is_running() {
-            return None;
-        }
-        let mut taken = None;
-        let mut more = false;
-        let result = inner
-            .queues
-            .iter_mut()
-            .enumerate()
-            .try_for_each(|(index, queue)| {
-                if taken.is_none() {
-                    taken = queue::pop(queue, memory)?.map(|chain| (index, chain));
+        loop {
+            let mut inner = self.transport.lock();
+            if !inner.is_running() {
+                return None;
+            }
+            let mut taken = None;
+            let mut left = false;
+            let result = inner
+                .queues
+                .iter_mut()
+                .enumerate()
+                .try_for_each(|(index, queue)| {
+                    if taken.is_none() {
+                        taken = queue::pop(queue, memory)?.map(|chain| (index, chain));
+                    }
+                    left |= queue::enable_notification(queue, memory)?;
+                    Ok::<_, QueueError>(())
+                });
+            if result.is_err() {
+                self.transport.stop(&mut inner);
+                return None;
+            }
+            match taken {
+                Some(_) => {
+                    inner.in_flight += 1;
+                    drop(inner);
+                    if left {
+                        more();
+                    }
+                    return taken;
                 }
-                more |= queue::enable_notification(queue, memory)?;
-                Ok::<_, QueueError>(())
-            });
-        if result.is_err() {
-            self.transport.stop(&mut inner);
-            return None;
+                None if !left => return None,
+                // It came after the look and before notifications were on: no kick announces it.
+                None => {}
+            }
         }
-        if taken.is_some() {
-            inner.in_flight += 1;
-        }
-        drop(inner);
-        if more && self.idle.load(Ordering::SeqCst) > 0 {
-            event_loop::signal(&self.more);
-        }
-        taken
     }
 
     fn give_back(&self, index: usize, chain: &Chain<'_>, length: usize) {
@@ -307,6 +249,93 @@ impl Shared {
             }
         }
         transport.settle(&mut inner);
+    }
+}
+
+impl FsWorkers {
+    /// Starts `threads` threads, under [`Filter::Fs`].
+    pub fn spawn(handler: FsHandler, threads: usize) -> Result<Self, EventLoopError> {
+        let event = || EventFd::new(EFD_NONBLOCK).map_err(EventLoopError::Create);
+        let shared = Arc::new(Shared {
+            handler,
+            epoll: Epoll::new().map_err(EventLoopError::Create)?,
+            more: event()?,
+            stop: event()?,
+            idle: AtomicUsize::new(0),
+        });
+        shared.watch().map_err(EventLoopError::Watch)?;
+        let mut workers = Self {
+            shared,
+            threads: Vec::new(),
+        };
+        for _ in 0..threads {
+            let shared = workers.shared.clone();
+            let server = shared.handler.server.clone();
+            workers.threads.push(thread::start(
+                "fs".to_owned(),
+                Filter::Fs,
+                move || server.prepare(),
+                move || shared.run(),
+            )?);
+        }
+        Ok(workers)
+    }
+}
+
+impl Drop for FsWorkers {
+    fn drop(&mut self) {
+        event_loop::signal(&self.shared.stop);
+        for thread in self.threads.drain(..) {
+            // A panic of the thread has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn watch(&self) -> io::Result<()> {
+        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let kick = &self.handler.transport.kick;
+        // Stop is level-triggered: it wakes every thread.
+        for (event, events, token) in [
+            (kick, edge, KICK),
+            (&self.more, edge, MORE),
+            (&self.stop, EventSet::IN, STOP),
+        ] {
+            let event_fd = event.as_raw_fd();
+            self.epoll.ctl(
+                ControlOperation::Add,
+                event_fd,
+                EpollEvent::new(events, token),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn run(&self) {
+        let transport = &self.handler.transport;
+        let mut events = [EpollEvent::default()];
+        loop {
+            self.idle.fetch_add(1, Ordering::SeqCst);
+            let waited = event_loop::wait(&self.epoll, &mut events);
+            self.idle.fetch_sub(1, Ordering::SeqCst);
+            match (waited, events[0].data()) {
+                (None, _) | (Some(_), STOP) => return,
+                (Some(_), KICK) => {
+                    let kicks = event_loop::take(&transport.kick);
+                    transport.stats.kicked(kicks);
+                }
+                _ => {}
+            }
+            self.handler.serve(|| self.wake_another());
+        }
+    }
+
+    /// Has an idle thread serve what is left, so that none of it waits behind a slow request.
+    fn wake_another(&self) {
+        if self.idle.load(Ordering::SeqCst) > 0 {
+            event_loop::signal(&self.more);
+        }
     }
 }
 
@@ -355,8 +384,9 @@ mod tests {
             leave: leaves.into(),
         };
         let transport = Arc::new(mmio::transport(Fs::new("tag"), memory.clone()));
+        let handler = FsHandler::new(transport, Arc::new(server), Limits::default());
         Rig {
-            workers: FsWorkers::spawn(transport, Arc::new(server), 2, Limits::default()).unwrap(),
+            workers: FsWorkers::spawn(handler, 2).unwrap(),
             started: starts,
             leave,
         }
@@ -364,7 +394,7 @@ mod tests {
 
     impl Rig {
         fn transport(&self) -> &Transport<Fs> {
-            &self.workers.shared.transport
+            &self.workers.shared.handler.transport
         }
 
         /// Sends a request with room for a reply at `0x9000`.
@@ -408,10 +438,10 @@ mod tests {
         let memory = crate::memory::allocate(1).unwrap();
         let before = rig(&memory);
         mmio::start(before.transport(), mmio::MODERN, 0x4000);
-        let state = before.workers.save();
+        let state = before.workers.shared.handler.save();
         drop(before);
         let after = rig(&memory);
-        after.workers.restore(&state).unwrap();
+        after.workers.shared.handler.restore(&state).unwrap();
         let mut driver = Driver::new(&memory, 0x5000);
         after.send(&memory, &mut driver, 0x8000, b"hello");
         after.interrupted();
