@@ -55,7 +55,7 @@ pub fn build() -> Result<Built> {
     Ok(Built { programs, guest })
 }
 
-/// Builds the end-to-end tests' program, which runs inside a lab.
+/// Builds the end-to-end tests' program, a static one, which runs inside a lab.
 pub fn build_e2e() -> Result<PathBuf> {
     let step = Step::announce("Building the end-to-end tests");
     for_lab(&["--package", "bulkhead-e2e"])?;

@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod demo;
+mod e2e;
 mod fuzz;
 mod host;
 mod install;
@@ -40,7 +41,7 @@ enum Task {
         #[arg(long, default_value = "/")]
         root: PathBuf,
     },
-    /// Fuzz what a hostile guest can send, one target after the other.
+    /// Fuzz what a hostile guest can send.
     Fuzz(fuzz::FuzzOptions),
     /// Measure.
     #[command(subcommand)]

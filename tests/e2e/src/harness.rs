@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Trial};
+use serde_json::json;
 
 use crate::cases::{self, Case, Setting};
 use crate::ctr::BULKHEAD;
@@ -19,12 +20,24 @@ const LOG_SHOWN: u64 = 8 * 1024;
 pub fn run(runtime: &str, mut arguments: Arguments) -> ExitCode {
     // One at a time: what is left on the host must be one test's alone.
     arguments.test_threads = Some(1);
-    let trials: Vec<_> = cases::all()
-        .into_iter()
-        .filter(|case| !case.bulkhead_only || runtime == BULKHEAD)
-        .map(|case| trial(case, runtime.to_owned()))
-        .collect();
+    let trials = selected(runtime).map(|case| trial(case, runtime.to_owned()));
+    let trials: Vec<_> = trials.collect();
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Prints what there is to run, one JSON object a line.
+pub fn list(runtime: &str) {
+    for case in selected(runtime) {
+        println!(
+            "{}",
+            json!({ "name": case.name, "debian": case.debian, "long": case.long })
+        );
+    }
+}
+
+fn selected(runtime: &str) -> impl Iterator<Item = Case> {
+    let all = cases::all().into_iter();
+    all.filter(move |case| !case.bulkhead_only || runtime == BULKHEAD)
 }
 
 fn trial(case: Case, runtime: String) -> Trial {

@@ -38,6 +38,8 @@ enum Job {
     /// Measure.
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// Print the tests with what each needs, one JSON object a line.
+    List,
     /// Report what is found inside a container.
     #[command(subcommand, hide = true)]
     Probe(probe::Probe),
@@ -48,6 +50,10 @@ fn main() -> ExitCode {
     let result = match &cli.job {
         Some(Job::Bench(bench)) => bench::run(bench),
         Some(Job::Probe(probe)) => probe::run(probe),
+        Some(Job::List) => {
+            harness::list(&cli.runtime);
+            Ok(())
+        }
         None => return harness::run(&cli.runtime, cli.harness),
     };
     match result {

@@ -313,6 +313,17 @@ fn run(
     runtime.block_on(hub::supervise(state, options, machine, ready, stop))
 }
 
+/// Builds the Debian systems that labs and tests take from the cache, unless they are there. Mostly
+/// it waits for packages, so it goes well beside a build.
+pub fn prepare_images() -> Result<(), Error> {
+    let cache = Cache::open()?;
+    tools::install_host_packages(tools::LAB_HOST_PACKAGES)?;
+    tools::qemu(&cache)?;
+    image::root_image(&cache)?;
+    image::debian_dev_archive(&cache)?;
+    Ok(())
+}
+
 /// Builds, or finds in the cache, everything a lab boots from.
 fn machine() -> Result<Machine, Error> {
     let cache = Cache::open()?;

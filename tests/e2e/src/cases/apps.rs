@@ -18,13 +18,17 @@ pub fn cases() -> Vec<Case> {
         case(
             "python3 computes the same with threads, files and a database",
             python,
-        ),
+        )
+        .in_debian(),
         case(
             "dpkg installs and removes a package that dpkg-deb has built",
             dpkg,
-        ),
-        case("gcc compiles a program that runs", gcc),
-        case("tar unpacks 20,000 files with all their metadata", tar_tree),
+        )
+        .in_debian(),
+        case("gcc compiles a program that runs", gcc).in_debian(),
+        case("tar unpacks 20,000 files with all their metadata", tar_tree)
+            .in_debian()
+            .long(),
     ]
 }
 

@@ -36,7 +36,7 @@ pub fn cases() -> Vec<Case> {
             "containers survive a restart of containerd and stay reachable",
             containerd_restarted,
         ),
-        case("100 containers come and go", hundred_cycles),
+        case("100 containers come and go", hundred_cycles).long(),
     ]
 }
 

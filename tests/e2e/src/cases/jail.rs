@@ -22,8 +22,8 @@ pub fn cases() -> Vec<Case> {
             "what a container writes belongs to the same ids as under runc",
             ownership,
         ),
-        bulkhead("a container cannot dial the host", no_vsock),
-        bulkhead("whoever breaks out into the VMM gets nothing", broken_out),
+        bulkhead("a container cannot dial the host", no_vsock).in_debian(),
+        bulkhead("whoever breaks out into the VMM gets nothing", broken_out).in_debian(),
     ]
 }
 

@@ -20,8 +20,25 @@ pub struct Case {
     pub name: &'static str,
     /// It asks for something that only Bulkhead does.
     pub bulkhead_only: bool,
+    /// It needs the Debian image, which takes a minute to import.
+    pub debian: bool,
+    /// It takes minutes.
+    pub long: bool,
     /// Fails with everything that is needed to understand why.
     pub run: fn(&Setting) -> Result<()>,
+}
+
+impl Case {
+    const fn in_debian(self) -> Self {
+        Self {
+            debian: true,
+            ..self
+        }
+    }
+
+    const fn long(self) -> Self {
+        Self { long: true, ..self }
+    }
 }
 
 /// What the tests run against.
@@ -42,6 +59,8 @@ const fn case(name: &'static str, run: fn(&Setting) -> Result<()>) -> Case {
     Case {
         name,
         bulkhead_only: false,
+        debian: false,
+        long: false,
         run,
     }
 }
@@ -51,6 +70,8 @@ const fn bulkhead(name: &'static str, run: fn(&Setting) -> Result<()>) -> Case {
     Case {
         name,
         bulkhead_only: true,
+        debian: false,
+        long: false,
         run,
     }
 }

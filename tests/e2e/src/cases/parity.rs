@@ -38,7 +38,7 @@ const OPTIONS: [&str; 24] = [
 ];
 
 pub fn cases() -> Vec<Case> {
-    vec![
+    let probed = [
         case(
             "by default a process finds what it finds under runc",
             by_default,
@@ -60,7 +60,8 @@ pub fn cases() -> Vec<Case> {
             on_a_terminal,
         ),
         case("files behave as they do under runc", files),
-    ]
+    ];
+    probed.into_iter().map(Case::in_debian).collect()
 }
 
 const SPEC: [&str; 3] = [PROBE, "probe", "spec"];

@@ -1,0 +1,212 @@
+//! The end-to-end tests, shared out among labs: one lab leaves a good part of two CPUs idle.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use bulkhead_lab::{Error, Lab, LabOptions, Step};
+use serde::Deserialize;
+
+use crate::build::Built;
+use crate::install;
+use crate::lab::{load_debian_dev, save_logs};
+
+/// Where the end-to-end tests' program is in the lab.
+const E2E: &str = "/usr/local/bin/bulkhead-e2e";
+
+/// Where they find a VMM with attacker code in it.
+const OPEN_VMM: &str = "/usr/local/lib/bulkhead-test/bulkhead-vmm";
+
+/// How long one test may take.
+const TEST_LIMIT: Duration = Duration::from_secs(30 * 60);
+
+/// What a lab takes of the machine's memory when all of its own is in use, in KiB.
+const LAB_MEMORY: usize = 7 * 1024 * 1024;
+
+/// More labs would find too few tests.
+const MOST_LABS: usize = 4;
+
+/// What goes into a lab.
+pub struct Programs {
+    /// Bulkhead as it is shipped.
+    pub built: Built,
+    /// The tests' program.
+    pub tests: PathBuf,
+    /// The VMM with attacker code in it.
+    pub open_vmm: PathBuf,
+}
+
+/// A test, as the tests' program lists it.
+#[derive(Deserialize)]
+struct Test {
+    name: String,
+    /// It needs the Debian image.
+    debian: bool,
+    /// It takes minutes.
+    long: bool,
+}
+
+/// What is still to be done and how the rest went.
+struct Progress {
+    waiting: Vec<Test>,
+    all: usize,
+    ended: usize,
+    failed: Vec<String>,
+}
+
+/// Runs the tests whose names contain `only`; the exit code is 0 when all were run and passed.
+pub fn run(programs: &Programs, only: Option<&str>) -> Result<i32> {
+    let mut tests = list(programs)?;
+    tests.retain(|test| only.is_none_or(|word| test.name.contains(word)));
+    ensure!(!tests.is_empty(), "no end-to-end test has such a name");
+    // What takes longest begins first, so that the labs end at about the same time.
+    tests.sort_by_key(|test| !test.long);
+    let all = tests.len();
+    let labs = number_of_labs()?.min(all);
+    let started = Instant::now();
+    let progress = Mutex::new(Progress {
+        waiting: tests,
+        all,
+        ended: 0,
+        failed: Vec::new(),
+    });
+    eprintln!("==> Running {all} end-to-end tests in {labs} labs");
+    let broken: Vec<_> = thread::scope(|scope| {
+        let progress = &progress;
+        let workers: Vec<_> = (0..labs)
+            .map(|number| scope.spawn(move || use_lab(programs, number, progress)))
+            .collect();
+        let ends = workers.into_iter().map(|worker| match worker.join() {
+            Ok(end) => end.err(),
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        ends.flatten().collect()
+    });
+    let progress = progress
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner);
+    let passed = progress.ended - progress.failed.len();
+    eprintln!(
+        "    {passed} of {all} end-to-end tests passed in {:.0} s",
+        started.elapsed().as_secs_f32()
+    );
+    for name in &progress.failed {
+        eprintln!("    FAILED: {name}");
+    }
+    for error in &broken {
+        eprintln!("    A lab itself failed: {error:#}");
+    }
+    Ok(i32::from(passed < all || !broken.is_empty()))
+}
+
+/// Asks the tests' program, which is static and runs here too.
+fn list(programs: &Programs) -> Result<Vec<Test>> {
+    let output = Command::new(&programs.tests)
+        .arg("list")
+        .output()
+        .with_context(|| format!("run {}", programs.tests.display()))?;
+    ensure!(output.status.success(), "the tests cannot be listed");
+    let lines = output.stdout.split(|byte| *byte == b'\n');
+    lines
+        .filter(|line| !line.is_empty())
+        .map(|line| serde_json::from_slice(line).context("a test of an unknown form"))
+        .collect()
+}
+
+/// As many as the machine has CPUs and memory for.
+fn number_of_labs() -> Result<usize> {
+    let meminfo = fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
+    let available = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.split_whitespace().next()?.parse::<usize>().ok())
+        .context("no MemAvailable in /proc/meminfo")?;
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    Ok(cpus.min(available / LAB_MEMORY).clamp(1, MOST_LABS))
+}
+
+/// Starts a lab and runs tests in it until none is left. The first lab alone imports the Debian image,
+/// and runs the tests that need it before all others.
+fn use_lab(programs: &Programs, number: usize, progress: &Mutex<Progress>) -> Result<()> {
+    let name = format!("test-{}-{number}", std::process::id());
+    let lab = Lab::start(&LabOptions {
+        name,
+        ..LabOptions::default()
+    })?;
+    let step = Step::announce("Installing Bulkhead and its tests in the lab");
+    install::install_in_lab(&programs.built, &lab)?;
+    lab.push(&programs.tests, E2E)?;
+    lab.push(&programs.open_vmm, OPEN_VMM)?;
+    step.done();
+    let debian = number == 0 && lock(progress).waiting.iter().any(|test| test.debian);
+    if debian {
+        load_debian_dev(&lab)?;
+    }
+    let mut all_passed = true;
+    let result = loop {
+        let Some(test) = lock(progress).next(debian) else {
+            break Ok(());
+        };
+        match run_test(&lab, &test, progress) {
+            Ok(passed) => all_passed &= passed,
+            Err(error) => break Err(error),
+        }
+    };
+    if !all_passed || result.is_err() {
+        save_logs(&lab, &format!("test-{number}"));
+    }
+    result
+}
+
+impl Progress {
+    /// Takes the next test for a lab that has the Debian image or not.
+    fn next(&mut self, debian: bool) -> Option<Test> {
+        let position = |needs: bool| self.waiting.iter().position(|test| test.debian == needs);
+        let first = if debian { position(true) } else { None };
+        let index = first.or_else(|| position(false))?;
+        Some(self.waiting.remove(index))
+    }
+}
+
+/// Runs one test; whether it passed. An error is the lab's.
+fn run_test(lab: &Lab, test: &Test, progress: &Mutex<Progress>) -> Result<bool> {
+    let started = Instant::now();
+    let arguments = [E2E, "--exact", &test.name];
+    let result = lab.exec(arguments).limit(TEST_LIMIT).run();
+    let seconds = started.elapsed().as_secs_f32();
+    let mut progress = lock(progress);
+    progress.ended += 1;
+    let (ended, all) = (progress.ended, progress.all);
+    let passed = matches!(&result, Ok(output) if output.status == 0);
+    let word = if passed { "PASS" } else { "FAIL" };
+    println!("{word} {seconds:6.1} s ({ended:2}/{all}) {}", test.name);
+    if passed {
+        return Ok(true);
+    }
+    progress.failed.push(test.name.clone());
+    // With the lock held, so that nobody's lines come between.
+    match result {
+        Ok(output) => {
+            println!("{}", String::from_utf8_lossy(&output.stderr));
+            println!("{}", String::from_utf8_lossy(&output.stdout));
+            Ok(false)
+        }
+        // The next test finds out whether the lab is in order.
+        Err(error @ Error::Timeout { .. }) => {
+            println!("{error}");
+            Ok(false)
+        }
+        Err(error) => {
+            let name = &test.name;
+            bail!(anyhow::Error::from(error).context(format!("it ended during the test {name:?}")))
+        }
+    }
+}
+
+fn lock(progress: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
+    progress.lock().unwrap_or_else(PoisonError::into_inner)
+}
