@@ -182,8 +182,13 @@ impl Assembly<'_> {
         let failed = |errno: rustix::io::Errno| RootfsError::Namespace(errno_of(errno));
         let before = capabilities(None).map_err(failed)?;
         let owner = namespace.range().first;
-        setfsgid(Gid::from_raw(owner));
-        setfsuid(Uid::from_raw(owner));
+        let (gid, uid) = (Gid::from_raw(owner), Uid::from_raw(owner));
+        setfsgid(gid);
+        setfsuid(uid);
+        // They do not say whether they worked; -1 changes nothing, and only asks.
+        if setfsgid(Gid::from_raw(u32::MAX)) != gid || setfsuid(Uid::from_raw(u32::MAX)) != uid {
+            return Err(RootfsError::Namespace(Errno::EPERM));
+        }
         set_capabilities(None, before).map_err(failed)?;
         Ok(work())
     }

@@ -1,10 +1,11 @@
 //! Where a pod's processes are in the host's cgroup hierarchy (v2).
 //!
-//! The limits of a container hold inside the guest. The host's cgroup is there to account for the
-//! processes, to find them and to end them; what is set on the cgroups above applies as always.
+//! The limits of a container hold inside the guest, as long as its kernel keeps them. The host's
+//! cgroup is there to account for the processes, to find them and to end them, and to hold a pod to
+//! its share of the CPUs whatever its guest does; what is set on the cgroups above applies as always.
 //!
 //! ```text
-//! cgroupsPath       of a container
+//! cgroupsPath       of a container; that of the pod's first one with its CPU limits
 //! ├── anchors       its anchors
 //! └── vmm           the VMM, in that of the pod's first container, with limits of its own
 //! ```
@@ -23,7 +24,7 @@ use nix::{
 };
 use thiserror::Error;
 
-use crate::config::Config;
+use crate::{config::Config, spec::Cpu};
 
 /// Where the hierarchy is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -36,6 +37,13 @@ const VMM: &str = "vmm";
 
 /// What limits a VMM.
 const CONTROLLERS: [&str; 2] = ["memory", "pids"];
+
+/// The period of CPU quotas in microseconds where the specification names none, as for the kernel
+/// (cgroup-v2.rst, `cpu.max`).
+const DEFAULT_PERIOD: u64 = 100_000;
+
+/// The shortest quota that the kernel takes, in microseconds.
+const MIN_QUOTA: u64 = 1_000;
 
 /// Processes and threads of a VMM beside its vCPUs: those of its devices, and those that KVM starts
 /// for it.
@@ -64,7 +72,7 @@ pub enum CgroupError {
     },
     /// The host cannot limit anything.
     #[error(
-        "Cannot limit a VMM: the cgroup controller {controller} cannot be enabled in {path}; enable \
+        "Cannot limit a pod: the cgroup controller {controller} cannot be enabled in {path}; enable \
          it (cgroup v2 must own it), or set cgroup_limits = false in the configuration"
     )]
     Controller {
@@ -152,13 +160,18 @@ pub fn anchors(container: &Path) -> PathBuf {
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
+    /// Limits are to hold, or else nothing is to run.
+    limited: bool,
 }
 
 impl Cgroup {
     /// Makes the cgroup, or takes one that is there.
     pub fn create(path: PathBuf) -> Result<Self, CgroupError> {
         ensure(&anchors(&path))?;
-        Ok(Self { path })
+        Ok(Self {
+            path,
+            limited: false,
+        })
     }
 
     /// Makes the VMM's cgroup in it, with the limits for this configuration, and opens its
@@ -166,11 +179,12 @@ impl Cgroup {
     ///
     /// A VMM may use its guest's memory, as much again for what the host's kernel keeps of the
     /// files that the guest keeps in its caches, and something for itself.
-    pub fn for_vmm(&self, config: &Config) -> Result<File, CgroupError> {
+    pub fn for_vmm(&mut self, config: &Config) -> Result<File, CgroupError> {
         let path = self.path.join(VMM);
         ensure(&path)?;
-        if config.cgroup_limits {
-            enable_controllers(&self.path)?;
+        self.limited = config.cgroup_limits;
+        if self.limited {
+            enable_controllers(&self.path, &CONTROLLERS)?;
             let memory = 2 * (u64::from(config.memory_mib) << 20) + VMM_MEMORY;
             let pids = u32::from(config.vcpus) + VMM_THREADS;
             set(&path, "memory.max", &memory.to_string())?;
@@ -182,6 +196,43 @@ impl Cgroup {
             .open(&path)
             .map_err(|source| CgroupError::Open { path, source })
     }
+
+    /// Gives everything in the cgroup these CPU limits of a container, for the time when its guest's
+    /// kernel no longer keeps them. A quota is a quarter longer than the container's own: the VMM
+    /// works for it too.
+    pub fn limit_cpu(&self, cpu: &Cpu) -> Result<(), CgroupError> {
+        let limits = [("cpu.weight", weight(cpu)), ("cpu.max", bandwidth(cpu))];
+        if !self.limited || limits.iter().all(|(_, value)| value.is_none()) {
+            return Ok(());
+        }
+        if let Some(parent) = self.path.parent() {
+            enable_controllers(parent, &["cpu"])?;
+        }
+        for (file, value) in limits {
+            if let Some(value) = value {
+                set(&self.path, file, &value)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Shares, of which cgroup v1 had 2 to 262,144, as a weight from 1 to 10,000, as runc converts them.
+fn weight(cpu: &Cpu) -> Option<String> {
+    let shares = cpu.shares.filter(|shares| *shares != 0)?;
+    let above = shares.clamp(2, 262_144) - 2;
+    Some((1 + above * 9_999 / 262_142).to_string())
+}
+
+fn bandwidth(cpu: &Cpu) -> Option<String> {
+    let period = cpu
+        .period
+        .filter(|period| *period != 0)
+        .unwrap_or(DEFAULT_PERIOD);
+    // No quota, or a negative one, is none.
+    let quota = u64::try_from(cpu.quota?).ok().filter(|quota| *quota != 0)?;
+    let quota = quota.saturating_add(quota / 4).max(MIN_QUOTA);
+    Some(format!("{quota} {period}"))
 }
 
 impl Drop for Cgroup {
@@ -200,13 +251,13 @@ impl Drop for Cgroup {
 
 /// Lets the children of a cgroup be limited, which its ancestors must allow each to the next
 /// (cgroup-v2.rst, "Enabling and Disabling").
-fn enable_controllers(path: &Path) -> Result<(), CgroupError> {
+fn enable_controllers(path: &Path, controllers: &[&'static str]) -> Result<(), CgroupError> {
     let above = path.ancestors().take_while(|above| above.starts_with(ROOT));
     let from_root: Vec<_> = above.collect();
     for directory in from_root.into_iter().rev() {
         let file = directory.join("cgroup.subtree_control");
         let enabled = fs::read_to_string(&file).unwrap_or_default();
-        for controller in CONTROLLERS {
+        for &controller in controllers {
             if enabled.split_whitespace().any(|name| name == controller) {
                 continue;
             }
@@ -257,6 +308,7 @@ pub fn destroy(path: &Path, deadline: Duration) {
     }
     drop(Cgroup {
         path: path.to_owned(),
+        limited: false,
     });
 }
 
@@ -300,6 +352,35 @@ mod tests {
         assert_eq!(mapped("").as_deref(), Some("/sys/fs/cgroup/ns/id"));
         assert_eq!(mapped("/../b"), None);
         assert_eq!(mapped("/"), None);
+    }
+
+    #[test]
+    fn cpu_limits_become_those_of_v2_with_room_for_the_vmm() {
+        let cpu = |shares, quota, period| Cpu {
+            shares,
+            quota,
+            period,
+        };
+        for (shares, expected) in [
+            (0, None),
+            (2, Some("1")),
+            (1024, Some("39")),
+            (262_144, Some("10000")),
+        ] {
+            assert_eq!(weight(&cpu(Some(shares), None, None)).as_deref(), expected);
+        }
+        let limit = |quota, period| bandwidth(&cpu(None, quota, period));
+        assert_eq!(limit(Some(50_000), None).as_deref(), Some("62500 100000"));
+        assert_eq!(
+            limit(Some(20_000), Some(10_000)).as_deref(),
+            Some("25000 10000")
+        );
+        assert_eq!(
+            limit(Some(100), Some(10_000)).as_deref(),
+            Some("1000 10000")
+        );
+        assert_eq!(limit(Some(-1), Some(10_000)), None);
+        assert_eq!(limit(None, Some(10_000)), None);
     }
 
     #[test]

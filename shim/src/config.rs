@@ -74,6 +74,8 @@ pub struct Config {
     pub ids_per_pod: u32,
     /// Refuse to run where the host's cgroups cannot limit a VMM's memory and processes.
     pub cgroup_limits: bool,
+    /// While a VMM runs on a core, its other hardware threads run nothing but that VMM.
+    pub core_scheduling: bool,
 }
 
 /// How much is logged.
@@ -112,6 +114,7 @@ impl Default for Config {
             id_count: 0x0ffe_0000,
             ids_per_pod: 0x4_0000,
             cgroup_limits: true,
+            core_scheduling: false,
         }
     }
 }

@@ -114,7 +114,8 @@ async fn build(
 
     let cgroup = cgroup::directory(spec.cgroups_path(), &host.namespace, &request.id)?;
     let anchors = cgroup::anchors(&cgroup);
-    if host.pod_cgroup.as_ref() == Some(&cgroup) {
+    let is_first = host.pod_cgroup.as_ref() == Some(&cgroup);
+    if is_first {
         cgroup::ensure(&anchors)?;
     } else {
         progress.resources.cgroup = Some(Cgroup::create(cgroup)?);
@@ -177,6 +178,10 @@ async fn build(
             Ok(error) => error.into(),
             Err(error) => error.into(),
         });
+    }
+    // Not before: the VM boots unhindered, and runs nothing of the container's yet.
+    if is_first && let Some(cpu) = spec.cpu() {
+        host.pod.limit_cpu(cpu)?;
     }
     Ok((spec, process, agent))
 }

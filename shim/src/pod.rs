@@ -29,6 +29,7 @@ use crate::{
     child::Reaper,
     config::{Config, ConfigError},
     ids::{IdClaim, IdError},
+    spec::Cpu,
     state::{StateDirectory, StateError},
     streams::Streams,
     text,
@@ -221,6 +222,7 @@ impl Pod {
                 user_namespace: &namespace,
                 cgroup: procs,
                 oom_score_adj: settings.oom_score_adj,
+                core_scheduling: config.core_scheduling,
             },
             reaper,
         )?;
@@ -384,6 +386,15 @@ impl Pod {
     /// What the VMM is kept from. There is nothing before there is a VMM.
     pub fn confinement(&self) -> Option<&Confinement> {
         self.confinement.get()
+    }
+
+    /// Holds the pod to these limits of CPU time, whatever its guest does.
+    pub fn limit_cpu(&self, cpu: &Cpu) -> Result<(), CgroupError> {
+        match &self.belongings().cgroup {
+            Some(cgroup) => cgroup.limit_cpu(cpu),
+            // It has ended, and runs nothing.
+            None => Ok(()),
+        }
     }
 
     /// Makes a directory or file of the host visible to the guest.

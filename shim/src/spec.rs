@@ -145,6 +145,26 @@ pub struct Linux {
     pub cgroups_path: String,
     /// Namespaces to create or join.
     pub namespaces: Option<Vec<Namespace>>,
+    /// Limits.
+    pub resources: Option<LinuxResources>,
+}
+
+/// `linux.resources`
+#[derive(Debug, Default, Deserialize)]
+pub struct LinuxResources {
+    /// Of CPU time.
+    pub cpu: Option<Cpu>,
+}
+
+/// `linux.resources.cpu`
+#[derive(Debug, Default, Deserialize)]
+pub struct Cpu {
+    /// Its share of a busy CPU, next to others; 0 is none.
+    pub shares: Option<u64>,
+    /// Time that it may run in each period, in microseconds; not positive is without a limit.
+    pub quota: Option<i64>,
+    /// The period, in microseconds.
+    pub period: Option<u64>,
 }
 
 /// An element of `linux.namespaces`
@@ -192,6 +212,11 @@ pub struct Hook {
 }
 
 impl Spec {
+    /// The limits of CPU time.
+    pub fn cpu(&self) -> Option<&Cpu> {
+        self.linux.as_ref()?.resources.as_ref()?.cpu.as_ref()
+    }
+
     /// Whether there are hooks that run before the container is set up.
     pub fn has_early_hooks(&self) -> bool {
         self.hooks

@@ -16,7 +16,7 @@ use std::{
 
 use bulkhead_vmm_control::{
     Channel, ChannelError, Event, FromVmm, Launch, Packet, Reply, Request, StopReason,
-    UserNamespace, in_new_pid_namespace,
+    UserNamespace, in_new_pid_namespace, needs_core_scheduling,
 };
 use nix::{errno::Errno, fcntl::OFlag};
 use thiserror::Error;
@@ -63,6 +63,12 @@ pub enum VmmError {
         #[source]
         source: io::Error,
     },
+    /// The host's kernel cannot do what the configuration asks for.
+    #[error(
+        "Cannot keep others off the VMM's cores: the host's kernel needs core scheduling \
+         (CONFIG_SCHED_CORE), or core_scheduling = false in the configuration"
+    )]
+    CoreScheduling(#[source] io::Error),
     /// Something of the host is missing.
     #[error("Cannot supervise the VMM")]
     Supervise(#[source] io::Error),
@@ -108,6 +114,8 @@ pub struct VmmSettings<'a> {
     pub cgroup: File,
     /// Its OOM preference; `None` keeps the shim's.
     pub oom_score_adj: Option<i32>,
+    /// Nobody else runs on the other hardware threads of a core that it runs on.
+    pub core_scheduling: bool,
 }
 
 type Pending = Arc<Mutex<VecDeque<oneshot::Sender<Reply>>>>;
@@ -131,6 +139,8 @@ impl VmmProcess {
         settings: VmmSettings<'_>,
         reaper: &Reaper,
     ) -> Result<(Self, mpsc::Receiver<Notice>), VmmError> {
+        let own_cores = settings.core_scheduling
+            && needs_core_scheduling().map_err(VmmError::CoreScheduling)?;
         let (ours, theirs) = Channel::pair().map_err(VmmError::Channel)?;
         let (messages, their_messages) = io::pipe().map_err(VmmError::Supervise)?;
         let namespace = settings.user_namespace.as_fd();
@@ -141,6 +151,7 @@ impl VmmProcess {
                 .map_err(VmmError::Supervise)?,
             cgroup: Some(settings.cgroup),
             oom_score_adj: settings.oom_score_adj,
+            own_cores,
         };
         let mut command = Command::new(settings.path);
         launch.prepare(&mut command, their_messages.into());

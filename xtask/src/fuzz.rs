@@ -36,8 +36,12 @@ struct Outcome {
     target: String,
     executions: String,
     coverage: String,
-    crashed: bool,
+    /// Its exit code; `None` when a signal has killed it.
+    code: Option<i32>,
 }
+
+/// With which libFuzzer ends when it is interrupted (`-interrupted_exitcode`).
+const INTERRUPTED: i32 = 72;
 
 pub fn run(options: &FuzzOptions) -> Result<i32> {
     let all = targets()?;
@@ -64,10 +68,10 @@ pub fn run(options: &FuzzOptions) -> Result<i32> {
     table.load_preset(ASCII_MARKDOWN);
     table.set_header(["target", "executions", "coverage", "result"]);
     for outcome in &outcomes {
-        let result = if outcome.crashed {
-            "CRASHED"
-        } else {
-            "no crash"
+        let result = match outcome.code {
+            Some(0) => "no crash",
+            Some(INTERRUPTED) => "interrupted",
+            _ => "CRASHED",
         };
         let Outcome {
             target,
@@ -78,7 +82,9 @@ pub fn run(options: &FuzzOptions) -> Result<i32> {
         table.add_row([target, executions, coverage, result]);
     }
     println!("{table}");
-    Ok(i32::from(outcomes.iter().any(|outcome| outcome.crashed)))
+    Ok(i32::from(
+        outcomes.iter().any(|outcome| outcome.code != Some(0)),
+    ))
 }
 
 fn directory() -> PathBuf {
@@ -190,14 +196,14 @@ fn fuzz(target: String, seconds: u32) -> Result<Outcome> {
         .context("cannot run timeout")?;
     step.done();
     if !status.success() {
-        eprintln!("{target} found something: see {}", log_path.display());
+        eprintln!("{target} ended early: see {}", log_path.display());
     }
     let (executions, coverage) = summary(&log_path)?;
     Ok(Outcome {
         target,
         executions,
         coverage,
-        crashed: !status.success(),
+        code: status.code(),
     })
 }
 

@@ -105,11 +105,14 @@ fn is_open(state: &str) -> bool {
 /// No two pods share a core.
 pub fn smt(machine: &Machine) -> Result<Outcome, Unreadable> {
     let active = machine.read("/sys/devices/system/cpu/smt/active")?;
+    let config = machine.config.as_ref();
+    let keeps_cores = config.is_ok_and(|config| config.core_scheduling);
     Ok(match active.as_deref() {
+        Some("1") if keeps_cores => Outcome::ok("on; each pod has its cores to itself"),
         Some("1") => Outcome::warning(
             "on: neighbours on sibling threads of a core can observe each other",
-            "echo off > /sys/devices/system/cpu/smt/control, and nosmt on the kernel's command \
-             line; or give each tenant's pods a core scheduling cookie",
+            "set core_scheduling = true in the configuration; or echo off > \
+             /sys/devices/system/cpu/smt/control, and nosmt on the kernel's command line",
         ),
         _ => Outcome::ok("off"),
     })
@@ -323,6 +326,11 @@ mod tests {
         assert!(warns(smt, &[(active, "1\n")]));
         assert!(!warns(smt, &[(active, "0\n")]));
         assert!(!warns(smt, &[]));
+        let (_root, mut machine) = Machine::of(&[(active, "1\n")]);
+        if let Ok(config) = &mut machine.config {
+            config.core_scheduling = true;
+        }
+        assert_eq!(smt(&machine).unwrap().verdict, Verdict::Ok);
         let run = "/sys/kernel/mm/ksm/run";
         assert!(warns(ksm, &[(run, "1\n")]));
         for quiet in ["0\n", "2\n"] {

@@ -109,21 +109,22 @@ fn print_phases(idle: &[Idle]) -> Result<Map<String, Value>> {
     let first = idle.first().context("no run")?;
     let mut table = table(&["phase", "reached after", "took"]);
     let mut all = Map::new();
-    let mut before = 0.0;
-    for (index, (phase, _)) in first.phases.iter().enumerate() {
+    let mut reached = Vec::new();
+    for (phase, _) in &first.phases {
         let values = idle
             .iter()
             .map(|pod| since_start(pod, phase))
             .collect::<Result<Vec<_>>>()?;
-        let reached = median(&values);
-        let took = if index == 0 {
-            String::new()
-        } else {
-            milliseconds(reached - before)
-        };
-        table.add_row([phase, &milliseconds(reached), &took]);
-        before = reached;
+        reached.push((phase, median(&values)));
         all.insert(phase.clone(), json!(values));
+    }
+    // Shim and VMM note theirs side by side.
+    reached.sort_by(|(_, a), (_, b)| a.total_cmp(b));
+    let mut before = None;
+    for (phase, at) in reached {
+        let took = before.map_or_else(String::new, |before| milliseconds(at - before));
+        table.add_row([phase, &milliseconds(at), &took]);
+        before = Some(at);
     }
     println!("{}", aligned(table));
     let guest = idle

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
 
 use crate::command::{DEADLINE, Input, Running, wait_readable};
 
@@ -206,4 +208,27 @@ pub fn pss_kib(pid: i32) -> Result<u64> {
 /// A text file, with its path in the error.
 pub fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// CPU time that a process and its threads have used, in clock ticks (proc_pid_stat(5)).
+pub fn cpu_ticks(pid: i32) -> Result<u64> {
+    let path = PathBuf::from(format!("/proc/{pid}/stat"));
+    let stat = read(&path)?;
+    let (_, rest) = stat.rsplit_once(") ").context("a stat without a name")?;
+    // utime and stime, the 14th and 15th field.
+    let times = rest.split(' ').skip(11).take(2);
+    times
+        .map(|time| time.parse::<u64>().context("a time is no number"))
+        .sum()
+}
+
+/// Which processes may run beside this one on a core's threads: those with the same number, 0 unless
+/// it has any of its own (core-scheduling.rst).
+pub fn core_cookie(pid: i32) -> Result<u64> {
+    let pid = Pid::from_raw(pid).with_context(|| format!("{pid} is no process id"))?;
+    match core_scheduling_cookie(pid, CoreSchedulingScope::Thread) {
+        // No core has a second thread.
+        Err(Errno::NODEV) => Ok(0),
+        result => Ok(result.context("cannot read a core scheduling cookie")?),
+    }
 }

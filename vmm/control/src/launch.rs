@@ -10,6 +10,12 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use rustix::{
+    io::Errno,
+    process::getpid,
+    thread::{CoreSchedulingScope, core_scheduling_cookie, create_core_scheduling_cookie},
+};
+
 use crate::{Channel, IdRange, UserNamespace, in_new_pid_namespace};
 
 /// Descriptor of the VMM's end of the control socket.
@@ -32,6 +38,9 @@ pub struct Launch {
     pub cgroup: Option<File>,
     /// Its OOM preference; `None` keeps its parent's.
     pub oom_score_adj: Option<i32>,
+    /// While it runs on a core, the core's other hardware threads run nothing but it
+    /// (core-scheduling.rst).
+    pub own_cores: bool,
 }
 
 impl Launch {
@@ -50,7 +59,12 @@ impl Launch {
         ];
         let oom_score_adj = self.oom_score_adj.map(|value| value.to_string());
         let cgroup = self.cgroup;
+        let own_cores = self.own_cores;
         let setup = move || -> io::Result<()> {
+            if own_cores {
+                // Threads inherit it from here on.
+                create_core_scheduling_cookie(getpid(), CoreSchedulingScope::Thread)?;
+            }
             if let Some(mut procs) = cgroup.as_ref() {
                 procs.write_all(b"0")?;
             }
@@ -68,6 +82,16 @@ impl Launch {
     }
 }
 
+/// Whether there is somebody to keep off a VMM's cores: without hardware threads that share a core
+/// there is not. Fails with `EINVAL` when the kernel has no core scheduling (`CONFIG_SCHED_CORE`).
+pub fn needs_core_scheduling() -> io::Result<bool> {
+    match core_scheduling_cookie(getpid(), CoreSchedulingScope::Thread) {
+        Ok(_) => Ok(true),
+        Err(Errno::NODEV) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// The ids of a VMM that is started without a shim: no pod has them by default.
 pub const IDS_ALONE: IdRange = IdRange {
     first: 0x6fff_0000,
@@ -82,6 +106,7 @@ pub fn spawn_alone(mut command: Command, control: Channel, stderr: Stdio) -> io:
         user_namespace: namespace.as_fd().try_clone_to_owned()?,
         cgroup: None,
         oom_score_adj: None,
+        own_cores: false,
     };
     launch.prepare(&mut command, stderr);
     in_new_pid_namespace(|| command.spawn())

@@ -16,7 +16,10 @@ mod user_namespace;
 
 pub use capabilities::NEEDED_CAPABILITIES;
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_MESSAGE, Packet};
-pub use launch::{CONTROL_FD, FIRST_FREE_FD, IDS_ALONE, Launch, USER_NAMESPACE_FD, spawn_alone};
+pub use launch::{
+    CONTROL_FD, FIRST_FREE_FD, IDS_ALONE, Launch, USER_NAMESPACE_FD, needs_core_scheduling,
+    spawn_alone,
+};
 pub use message::{
     Counters, DeviceCounters, Event, FromVmm, JailTimes, Reply, Request, StopReason, VmConfig,
 };

@@ -73,7 +73,8 @@ impl Caller {
         };
         // The calls do not say whether they worked. From here on a return restores all.
         if setfsgid(Gid::from_raw(u32::MAX)) != gid || setfsuid(Uid::from_raw(u32::MAX)) != uid {
-            return Err(Errno::PERM);
+            // As the kernel itself for ids that the file system has no room for.
+            return Err(Errno::OVERFLOW);
         }
         if caller.uid != uid {
             // Leaving user 0 took the file system capabilities (capabilities(7)).

@@ -8,6 +8,7 @@ mod failures;
 mod io;
 mod jail;
 mod lifecycle;
+mod neighbours;
 mod parity;
 
 use anyhow::Result;
@@ -85,6 +86,7 @@ pub fn all() -> Vec<Case> {
         lifecycle::cases(),
         parity::cases(),
         jail::cases(),
+        neighbours::cases(),
         apps::cases(),
         failures::cases(),
         crash::cases(),
