@@ -96,7 +96,7 @@ pub enum CgroupError {
     /// The cgroup cannot be used.
     #[error("Cannot open {path}")]
     Open {
-        /// The file's path.
+        /// The directory's path.
         path: PathBuf,
         /// The system's error.
         #[source]
@@ -174,8 +174,7 @@ impl Cgroup {
         })
     }
 
-    /// Makes the VMM's cgroup in it, with the limits for this configuration, and opens its
-    /// `cgroup.procs` for writing: a process that writes "0" joins.
+    /// Makes the VMM's cgroup in it, with the limits for this configuration, and opens its directory.
     ///
     /// A VMM may use its guest's memory, as much again for what the host's kernel keeps of the
     /// files that the guest keeps in its caches, and something for itself.
@@ -190,11 +189,7 @@ impl Cgroup {
             set(&path, "memory.max", &memory.to_string())?;
             set(&path, "pids.max", &pids.to_string())?;
         }
-        let path = path.join("cgroup.procs");
-        OpenOptions::new()
-            .write(true)
-            .open(&path)
-            .map_err(|source| CgroupError::Open { path, source })
+        open(path)
     }
 
     /// Gives everything in the cgroup these CPU limits of a container, for the time when its guest's
@@ -276,6 +271,11 @@ fn enable_controllers(path: &Path, controllers: &[&'static str]) -> Result<(), C
 fn set(cgroup: &Path, file: &str, value: &str) -> Result<(), CgroupError> {
     let path = cgroup.join(file);
     fs::write(&path, value).map_err(|source| CgroupError::Limit { path, source })
+}
+
+/// Opens a cgroup's directory, for a process to be started in it.
+pub fn open(path: PathBuf) -> Result<File, CgroupError> {
+    File::open(&path).map_err(|source| CgroupError::Open { path, source })
 }
 
 /// Makes a cgroup without owning it.

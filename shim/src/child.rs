@@ -8,6 +8,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use bulkhead_vmm_control::Spawned;
 use nix::{
     errno::Errno,
     sys::wait::{WaitPidFlag, WaitStatus, waitpid},
@@ -33,7 +34,8 @@ static OWNED: Mutex<Exits> = Mutex::new(BTreeMap::new());
 pub struct Reaper(());
 
 impl Reaper {
-    /// Starts to reap on SIGCHLD. All children must be started by [`Reaper::spawn`].
+    /// Starts to reap on SIGCHLD. All children must be started by [`Reaper::spawn`] or
+    /// [`Reaper::own`].
     pub fn start() -> io::Result<Self> {
         let mut signals = signal(SignalKind::child())?;
         tokio::spawn(async move {
@@ -46,20 +48,30 @@ impl Reaper {
 
     /// Starts a child. Dropping the owner kills it.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        self.own(|| {
+            let id = command.spawn()?.id();
+            let raw = i32::try_from(id).map_err(io::Error::other)?;
+            // Not reaped before the lock is released, so the number is the child's.
+            let pid = rustix::process::Pid::from_raw(raw).ok_or(Errno::ESRCH)?;
+            match pidfd_open(pid, PidfdFlags::empty()) {
+                Ok(pidfd) => Ok(Spawned { pid, pidfd }),
+                Err(errno) => {
+                    let _ = rustix::process::kill_process(pid, Signal::KILL);
+                    Err(errno.into())
+                }
+            }
+        })
+    }
+
+    /// Owns the child that `start` starts. Dropping the owner kills it.
+    pub fn own(&self, start: impl FnOnce() -> io::Result<Spawned>) -> io::Result<Child> {
         let (sender, exit) = watch::channel(None);
         let mut owned = lock();
-        let id = command.spawn()?.id();
-        let raw = i32::try_from(id).map_err(io::Error::other)?;
-        owned.insert(raw, sender);
-        // Not reaped before the lock is released, so the number is the child's.
-        let pid = rustix::process::Pid::from_raw(raw).ok_or(Errno::ESRCH)?;
-        match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(pidfd) => Ok(Child { id, pidfd, exit }),
-            Err(errno) => {
-                let _ = rustix::process::kill_process(pid, Signal::KILL);
-                Err(errno.into())
-            }
-        }
+        let Spawned { pid, pidfd } = start()?;
+        let id = pid.as_raw_nonzero().get();
+        owned.insert(id, sender);
+        let id = id.unsigned_abs();
+        Ok(Child { id, pidfd, exit })
     }
 }
 

@@ -198,7 +198,7 @@ impl Pod {
         let ids = IdClaim::lowest(&config.state_dir, &config.ids())?;
         let namespace = Arc::new(UserNamespace::create(ids.range())?);
         let cgroup = Cgroup::create(settings.cgroup?)?;
-        let procs = {
+        let cgroup = {
             let mut belongings = self.belongings();
             belongings.state = Some(state);
             belongings.ids = Some(ids);
@@ -220,7 +220,7 @@ impl Pod {
             VmmSettings {
                 path: &config.vmm_path()?,
                 user_namespace: &namespace,
-                cgroup: procs,
+                cgroup: cgroup.as_fd(),
                 oom_score_adj: settings.oom_score_adj,
                 core_scheduling: config.core_scheduling,
             },

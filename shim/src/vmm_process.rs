@@ -2,21 +2,19 @@
 
 use std::{
     collections::VecDeque,
-    fs::File,
     io::{self, Read},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net,
     },
     path::{Path, PathBuf},
-    process::Command,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use bulkhead_vmm_control::{
     Channel, ChannelError, Event, FromVmm, Launch, Packet, Reply, Request, StopReason,
-    UserNamespace, in_new_pid_namespace, needs_core_scheduling,
+    UserNamespace, needs_core_scheduling,
 };
 use nix::{errno::Errno, fcntl::OFlag};
 use thiserror::Error;
@@ -110,8 +108,8 @@ pub struct VmmSettings<'a> {
     pub path: &'a Path,
     /// The user namespace that it joins.
     pub user_namespace: &'a UserNamespace,
-    /// `cgroup.procs` of its cgroup, open for writing.
-    pub cgroup: File,
+    /// The directory of its cgroup.
+    pub cgroup: BorrowedFd<'a>,
     /// Its OOM preference; `None` keeps the shim's.
     pub oom_score_adj: Option<i32>,
     /// Nobody else runs on the other hardware threads of a core that it runs on.
@@ -143,26 +141,21 @@ impl VmmProcess {
             && needs_core_scheduling().map_err(VmmError::CoreScheduling)?;
         let (ours, theirs) = Channel::pair().map_err(VmmError::Channel)?;
         let (messages, their_messages) = io::pipe().map_err(VmmError::Supervise)?;
-        let namespace = settings.user_namespace.as_fd();
         let launch = Launch {
-            control: theirs,
-            user_namespace: namespace
-                .try_clone_to_owned()
-                .map_err(VmmError::Supervise)?,
+            control: &theirs,
+            user_namespace: settings.user_namespace,
+            stderr: their_messages.as_fd(),
             cgroup: Some(settings.cgroup),
             oom_score_adj: settings.oom_score_adj,
             own_cores,
         };
-        let mut command = Command::new(settings.path);
-        launch.prepare(&mut command, their_messages.into());
-        let child = in_new_pid_namespace(|| reaper.spawn(&mut command)).map_err(|source| {
-            VmmError::Spawn {
-                path: settings.path.to_owned(),
-                source,
-            }
+        let started = reaper.own(|| launch.spawn(settings.path));
+        let child = started.map_err(|source| VmmError::Spawn {
+            path: settings.path.to_owned(),
+            source,
         })?;
-        // The command holds the child's ends of the sockets.
-        drop(command);
+        // The child has its own.
+        drop((theirs, their_messages));
         let child = Arc::new(child);
 
         set_nonblocking(ours.as_fd()).map_err(VmmError::Supervise)?;

@@ -19,7 +19,6 @@ use std::{
         unix::{fs::OpenOptionsExt, net::UnixStream},
     },
     path::PathBuf,
-    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -44,7 +43,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let begin = Instant::now();
     let (ours, theirs) = Channel::pair()?;
-    let mut vmm = spawn_alone(Command::new(&options.vmm), theirs, Stdio::inherit())?;
+    let vmm = spawn_alone(options.vmm.as_ref(), &theirs, std::io::stderr().as_fd())?;
+    drop(theirs);
     let mut files = vec![
         File::options().read(true).write(true).open("/dev/kvm")?,
         File::open(kernel)?,
@@ -68,7 +68,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         ours.send(&request, &[root.as_fd()])?;
     }
     if let Some(seconds) = options.seconds {
-        let pid = rustix::process::Pid::from_child(&vmm);
+        let pid = vmm.pid;
         thread::spawn(move || {
             thread::sleep(Duration::from_secs(seconds));
             rustix::process::kill_process(pid, rustix::process::Signal::KILL)

@@ -59,8 +59,8 @@ const LIMITS: [(Resource, u64); 4] = [
     (Resource::Memlock, 0),
 ];
 
-/// The namespaces that the process makes for itself. Its PID namespace is made by the shim, as the
-/// user namespace is.
+/// The namespaces that the process makes for itself. Its PID and time namespaces are
+/// made by the shim, as the user namespace is.
 const NAMESPACES: UnshareFlags = UnshareFlags::NEWNS
     .union(UnshareFlags::NEWNET)
     .union(UnshareFlags::NEWIPC)

@@ -168,7 +168,7 @@ fn every_thread_is_restricted_before_the_guest_runs() {
     };
     assert_eq!(vmm.boot(&two, &files(SPINS)), Reply::Done);
     let mut names = Vec::new();
-    for task in fs::read_dir(format!("/proc/{}/task", vmm.process.id())).unwrap() {
+    for task in fs::read_dir(format!("/proc/{}/task", vmm.process.pid.as_raw_nonzero())).unwrap() {
         let task = task.unwrap().path();
         let name = fs::read_to_string(task.join("comm")).unwrap();
         if name.starts_with("kvm-") {

@@ -221,7 +221,7 @@ struct Connection {
 impl Host {
     fn start(role: Role, seed: u64, rounds: u64) -> Self {
         let stderr = tempfile::tempfile().unwrap();
-        let vmm = Vmm::start_with(stderr.try_clone().unwrap().into());
+        let vmm = Vmm::start_with(&stderr);
         let name = role.name();
         let arguments = format!("hostile={name} seed={seed} rounds={rounds}");
         let vcpus = if role == Role::Platform { 1 } else { 2 };

@@ -3,13 +3,13 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bulkhead_rootfs_builder::{INITRAMFS, VMLINUX};
 use bulkhead_vmm_control::{
-    Channel, Event, FromVmm, Packet, Reply, Request, VmConfig, spawn_alone,
+    Channel, Event, FromVmm, Packet, Reply, Request, Spawned, VmConfig, spawn_alone,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -82,13 +82,13 @@ fn trial_boot(built: &Built) -> Result<()> {
 }
 
 /// A running VMM, ended on drop.
-struct Vmm(Child);
+struct Vmm(Spawned);
 
 impl Vmm {
     fn start(program: &Path, control: Channel) -> Result<Self> {
-        let child = spawn_alone(Command::new(program), control, Stdio::inherit())
+        let process = spawn_alone(program, &control, std::io::stderr().as_fd())
             .with_context(|| format!("run {}", program.display()))?;
-        Ok(Vmm(child))
+        Ok(Vmm(process))
     }
 }
 

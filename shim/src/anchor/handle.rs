@@ -1,17 +1,18 @@
 //! The shim's side of an anchor.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
+    fs::File,
     io,
     os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::{net, process::CommandExt},
+        fd::{AsFd, OwnedFd},
+        unix::net,
     },
     path::{Path, PathBuf},
-    process::{Command, Stdio},
     time::Duration,
 };
 
+use bulkhead_vmm_control::Spawn;
 use thiserror::Error;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -19,11 +20,15 @@ use tokio::{
     time::timeout,
 };
 
-use super::{ARGUMENT, READY, SOCKET_FD};
+use super::{ARGUMENT, READY};
 use crate::{
+    cgroup::{self, CgroupError},
     child::{Child, Reaper},
     text,
 };
+
+/// The name by which it is started.
+const NAME: &str = "bulkhead-anchor";
 
 /// How long an anchor may take to set itself up.
 const READY_DEADLINE: Duration = Duration::from_secs(20);
@@ -40,6 +45,9 @@ pub enum AnchorError {
     /// The process cannot be started.
     #[error("Cannot start the anchor process")]
     Spawn(#[source] io::Error),
+    /// There is no cgroup for it.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// It could not set itself up.
     #[error("The anchor process {0}")]
     SetUp(String),
@@ -109,38 +117,27 @@ impl Anchor {
         let (ours, theirs) = net::UnixStream::pair().map_err(AnchorError::Spawn)?;
         ours.set_nonblocking(true).map_err(AnchorError::Spawn)?;
         let theirs = OwnedFd::from(theirs);
-        let mut command = Command::new("/proc/self/exe");
-        command
-            .arg0("bulkhead-anchor")
-            .arg(ARGUMENT)
-            .arg(cgroup)
-            .arg(network.argument())
-            .arg(name)
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        let setup = move || -> io::Result<()> {
-            // dup2 to itself would leave close-on-exec on.
-            if theirs.as_raw_fd() == SOCKET_FD {
-                nix::fcntl::fcntl(
-                    &theirs,
-                    nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
-                )?;
-                return Ok(());
-            }
-            // SAFETY: plain integers, before execve in the child; whatever had the number is the
-            // shim's copy in this child.
-            match unsafe { libc::dup2(theirs.as_raw_fd(), SOCKET_FD) } {
-                SOCKET_FD => Ok(()),
-                _ => Err(io::Error::last_os_error()),
-            }
+        let null = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")
+            .map_err(AnchorError::Spawn)?;
+        let cgroup = cgroup::open(cgroup.to_owned())?;
+        let network = network.argument();
+        let words = [NAME, ARGUMENT].map(OsStr::new);
+        let spawn = Spawn {
+            program: Path::new("/proc/self/exe"),
+            arguments: &[&words[..], &[&network, OsStr::new(name)]].concat(),
+            cgroup: Some(cgroup.as_fd()),
+            namespaces: 0,
+            // The last one is `SOCKET_FD`.
+            descriptors: &[null.as_fd(), null.as_fd(), null.as_fd(), theirs.as_fd()],
         };
-        // SAFETY: only system calls on what the closure owns.
-        unsafe { command.pre_exec(setup) };
-        let child = reaper.spawn(&mut command).map_err(AnchorError::Spawn)?;
-        // The command holds the child's end.
-        drop(command);
+        // SAFETY: nothing is done in its process.
+        let started = reaper.own(|| unsafe { spawn.start(|| Ok(())) });
+        let child = started.map_err(AnchorError::Spawn)?;
+        // The child has its own.
+        drop(theirs);
         let socket = UnixStream::from_std(ours).map_err(AnchorError::Spawn)?;
         let mut anchor = Self { child, socket };
         match timeout(READY_DEADLINE, anchor.ready()).await {

@@ -2,7 +2,6 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    fs,
     io::{self, Read, Write},
     os::{fd::AsFd, unix::net::UnixStream},
     process::ExitCode,
@@ -28,14 +27,13 @@ use crate::{child::KILLED, privileges};
 /// What `ps` shows; the kernel keeps 15 bytes.
 const NAME: &std::ffi::CStr = c"bulkhead-anchor";
 
-/// Runs an anchor. The arguments are the directory of the cgroup, and the network namespace:
-/// `host`, `new`, or `path:` and its path.
+/// Runs an anchor. The argument is its network namespace: `host`, `new`, or `path:` and its path.
 pub fn main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
-    let (Some(cgroup), Some(network)) = (arguments.next(), arguments.next()) else {
+    let Some(network) = arguments.next() else {
         return ExitCode::FAILURE;
     };
     let mut socket = inherited_socket();
-    match set_up(&cgroup, &network) {
+    match set_up(&network) {
         Ok(signals) => {
             if socket.write_all(&[READY]).is_err() {
                 return ExitCode::from(KILLED);
@@ -57,15 +55,12 @@ fn inherited_socket() -> UnixStream {
     unsafe { UnixStream::from_raw_fd(super::SOCKET_FD) }
 }
 
-fn set_up(cgroup: &OsStr, network: &OsStr) -> Result<SignalFd, (&'static str, io::Error)> {
+fn set_up(network: &OsStr) -> Result<SignalFd, (&'static str, io::Error)> {
     fn at<E: Into<io::Error>>(step: &'static str) -> impl Fn(E) -> (&'static str, io::Error) {
         move |error| (step, error.into())
     }
     let _ = prctl::set_name(NAME);
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(at("cannot bind to the shim's life"))?;
-
-    let procs = std::path::Path::new(cgroup).join("cgroup.procs");
-    fs::write(procs, b"0").map_err(at("cannot join the cgroup"))?;
 
     if network == "new" {
         unshare(CloneFlags::CLONE_NEWNET).map_err(at("cannot create a network namespace"))?;

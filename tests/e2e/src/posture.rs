@@ -69,7 +69,7 @@ pub const VMM: &[Row] = &[
     row("readable by its own user", "no", Target::readable),
     row(
         "namespaces of its own",
-        "cgroup ipc mnt net pid user uts",
+        "cgroup ipc mnt net pid time user uts",
         Target::namespaces,
     ),
     row("PID in its namespace", "1", Target::inner_pid),

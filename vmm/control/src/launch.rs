@@ -2,21 +2,22 @@
 
 use std::{
     fs::File,
-    io::{self, Write},
-    os::{
-        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
-        unix::process::CommandExt,
-    },
-    process::{Child, Command, Stdio},
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
 };
 
 use rustix::{
-    io::Errno,
-    process::getpid,
+    fs::{CWD, Mode, OFlags, openat},
+    io::{Errno, write},
+    process::{Signal, getpid, set_parent_process_death_signal},
     thread::{CoreSchedulingScope, core_scheduling_cookie, create_core_scheduling_cookie},
 };
 
-use crate::{Channel, IdRange, UserNamespace, in_new_pid_namespace};
+use crate::{
+    Channel, IdRange, UserNamespace,
+    spawn::{Spawn, Spawned},
+};
 
 /// Descriptor of the VMM's end of the control socket.
 pub const CONTROL_FD: i32 = 3;
@@ -29,13 +30,15 @@ pub const FIRST_FREE_FD: i32 = 5;
 
 /// What a VMM inherits.
 #[derive(Debug)]
-pub struct Launch {
+pub struct Launch<'a> {
     /// Its end of the control socket.
-    pub control: Channel,
+    pub control: &'a Channel,
     /// The user namespace that it joins.
-    pub user_namespace: OwnedFd,
-    /// `cgroup.procs` of its cgroup, open for writing; `None` leaves it where its parent is.
-    pub cgroup: Option<File>,
+    pub user_namespace: &'a UserNamespace,
+    /// Its standard error.
+    pub stderr: BorrowedFd<'a>,
+    /// The directory of its cgroup; `None` leaves it where its parent is.
+    pub cgroup: Option<BorrowedFd<'a>>,
     /// Its OOM preference; `None` keeps its parent's.
     pub oom_score_adj: Option<i32>,
     /// While it runs on a core, the core's other hardware threads run nothing but it
@@ -43,42 +46,62 @@ pub struct Launch {
     pub own_cores: bool,
 }
 
-impl Launch {
-    /// Arranges for the command's process to have these descriptors under their numbers, nothing
-    /// else but `stderr`, no environment, its cgroup and OOM preference from the start, and to die
-    /// with the thread that starts it. Start it by [`crate::in_new_pid_namespace`].
-    pub fn prepare(self, command: &mut Command, stderr: Stdio) {
-        command
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(stderr);
-        let inherited = [
-            (OwnedFd::from(self.control), CONTROL_FD),
-            (self.user_namespace, USER_NAMESPACE_FD),
-        ];
+impl Launch<'_> {
+    /// Starts a VMM with these descriptors under their numbers and nothing else, no environment, its
+    /// cgroup and OOM preference from the start, first in PID and time namespaces of its own. It dies
+    /// with the thread that starts it.
+    pub fn spawn(&self, program: &Path) -> io::Result<Spawned> {
+        // SAFETY: it does nothing.
+        unsafe { self.spawn_after(program, || Ok(())) }
+    }
+
+    /// Likewise, after `setup` in its process.
+    ///
+    /// # Safety
+    ///
+    /// `setup` may make system calls, but not allocate or take a lock.
+    unsafe fn spawn_after(
+        &self,
+        program: &Path,
+        setup: impl Fn() -> io::Result<()>,
+    ) -> io::Result<Spawned> {
+        let null = File::options().read(true).write(true).open("/dev/null")?;
+        let spawn = Spawn {
+            program,
+            arguments: &[program.as_os_str()],
+            cgroup: self.cgroup,
+            namespaces: libc::CLONE_NEWPID | libc::CLONE_NEWTIME,
+            // In the order of `CONTROL_FD` and `USER_NAMESPACE_FD`.
+            descriptors: &[
+                null.as_fd(),
+                null.as_fd(),
+                self.stderr,
+                self.control.as_fd(),
+                self.user_namespace.as_fd(),
+            ],
+        };
         let oom_score_adj = self.oom_score_adj.map(|value| value.to_string());
-        let cgroup = self.cgroup;
-        let own_cores = self.own_cores;
-        let setup = move || -> io::Result<()> {
-            if own_cores {
+        let prepare = || -> io::Result<()> {
+            if self.own_cores {
                 // Threads inherit it from here on.
                 create_core_scheduling_cookie(getpid(), CoreSchedulingScope::Thread)?;
             }
-            if let Some(mut procs) = cgroup.as_ref() {
-                procs.write_all(b"0")?;
-            }
             if let Some(value) = &oom_score_adj {
+                let file = openat(
+                    CWD,
+                    c"/proc/self/oom_score_adj",
+                    OFlags::WRONLY,
+                    Mode::empty(),
+                )?;
                 // A lower value than the parent's own needs a capability that a nested root lacks;
                 // the inherited one does then.
-                let _ = std::fs::write("/proc/self/oom_score_adj", value);
+                let _ = write(&file, value.as_bytes());
             }
-            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-            hand_over(&inherited)
+            set_parent_process_death_signal(Some(Signal::KILL))?;
+            setup()
         };
-        // SAFETY: the closure makes only system calls, and allocates nothing: a path as short as
-        // the one above is put together on the stack.
-        unsafe { command.pre_exec(setup) };
+        // SAFETY: only system calls, on strings that are made already.
+        unsafe { spawn.start(prepare) }
     }
 }
 
@@ -99,49 +122,35 @@ pub const IDS_ALONE: IdRange = IdRange {
 };
 
 /// Starts a VMM without a shim, for tools and tests: with [`IDS_ALONE`], and where this process is.
-pub fn spawn_alone(mut command: Command, control: Channel, stderr: Stdio) -> io::Result<Child> {
-    let namespace = UserNamespace::create(IDS_ALONE).map_err(io::Error::other)?;
+pub fn spawn_alone(
+    program: &Path,
+    control: &Channel,
+    stderr: BorrowedFd<'_>,
+) -> io::Result<Spawned> {
+    // SAFETY: it does nothing.
+    unsafe { spawn_alone_after(program, control, stderr, || Ok(())) }
+}
+
+/// Likewise, after `setup` in its process.
+///
+/// # Safety
+///
+/// `setup` may make system calls, but not allocate or take a lock.
+pub unsafe fn spawn_alone_after(
+    program: &Path,
+    control: &Channel,
+    stderr: BorrowedFd<'_>,
+    setup: impl Fn() -> io::Result<()>,
+) -> io::Result<Spawned> {
+    let user_namespace = UserNamespace::create(IDS_ALONE).map_err(io::Error::other)?;
     let launch = Launch {
         control,
-        user_namespace: namespace.as_fd().try_clone_to_owned()?,
+        user_namespace: &user_namespace,
+        stderr,
         cgroup: None,
         oom_score_adj: None,
         own_cores: false,
     };
-    launch.prepare(&mut command, stderr);
-    in_new_pid_namespace(|| command.spawn())
-}
-
-/// Gives each descriptor its number, and lets no other survive execve(2).
-fn hand_over(inherited: &[(OwnedFd, RawFd); 2]) -> io::Result<()> {
-    // In two steps, since any of them may have another's number now.
-    let mut above = [-1; 2];
-    for ((fd, _), copy) in inherited.iter().zip(&mut above) {
-        // SAFETY: fcntl(2) with plain integers makes a new descriptor.
-        *copy = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD, FIRST_FREE_FD) };
-        if *copy < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    for ((_, number), copy) in inherited.iter().zip(above) {
-        // SAFETY: whatever had this number before is the parent's copy in this child, which goes
-        // on to execve(2).
-        if unsafe { libc::dup2(copy, *number) } != *number {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    // The others are marked rather than closed: std reports a failed execve through a descriptor of
-    // its own.
-    // SAFETY: close_range(2) takes plain integers.
-    let marked = unsafe {
-        libc::close_range(
-            FIRST_FREE_FD.unsigned_abs(),
-            libc::c_uint::MAX,
-            libc::CLOSE_RANGE_CLOEXEC.cast_signed(),
-        )
-    };
-    if marked != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    // SAFETY: the caller's promise.
+    unsafe { launch.spawn_after(program, setup) }
 }

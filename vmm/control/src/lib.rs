@@ -12,15 +12,17 @@ mod capabilities;
 mod channel;
 mod launch;
 mod message;
+mod spawn;
 mod user_namespace;
 
 pub use capabilities::NEEDED_CAPABILITIES;
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_MESSAGE, Packet};
 pub use launch::{
     CONTROL_FD, FIRST_FREE_FD, IDS_ALONE, Launch, USER_NAMESPACE_FD, needs_core_scheduling,
-    spawn_alone,
+    spawn_alone, spawn_alone_after,
 };
 pub use message::{
     Counters, DeviceCounters, Event, FromVmm, JailTimes, Reply, Request, StopReason, VmConfig,
 };
-pub use user_namespace::{IdRange, UserNamespace, UserNamespaceError, in_new_pid_namespace};
+pub use spawn::{Spawn, Spawned};
+pub use user_namespace::{IdRange, UserNamespace, UserNamespaceError};

@@ -5,10 +5,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use nix::{
-    sched::{CloneFlags, setns},
-    unistd::{Pid, pipe2},
-};
+use nix::unistd::{Pid, pipe2};
 use thiserror::Error;
 
 /// A range of user ids and of the group ids with the same numbers.
@@ -108,16 +105,4 @@ fn first_process(end: &OwnedFd, wait: &OwnedFd) -> nix::Result<Pid> {
         libc::read(end.as_raw_fd(), (&raw mut byte).cast(), 1);
         libc::_exit(0)
     }
-}
-
-/// Runs `spawn`, whose child becomes the first process of a new PID namespace. Processes that are
-/// started later are not in it.
-///
-/// The namespace belongs to the calling thread's user namespace, where `CAP_SYS_ADMIN` is needed.
-pub fn in_new_pid_namespace<T>(spawn: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let own = fs::File::open("/proc/self/ns/pid")?;
-    nix::sched::unshare(CloneFlags::CLONE_NEWPID)?;
-    let spawned = spawn();
-    setns(own, CloneFlags::CLONE_NEWPID)?;
-    spawned
 }

@@ -3,28 +3,27 @@
 
 use std::{
     fs::File,
-    io::{self, Read, Write},
-    os::{
-        fd::{AsFd, BorrowedFd},
-        unix::process::CommandExt,
-    },
-    process::{Child, Command, ExitStatus, Stdio},
+    io::{self, PipeReader, Read, Write},
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+    process::ExitStatus,
     time::{Duration, Instant},
 };
 
-use bulkhead_vmm_control::{Channel, FromVmm, Packet, Reply, Request, VmConfig, spawn_alone};
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    process::{Pid, PidfdFlags, pidfd_open},
+use bulkhead_vmm_control::{
+    Channel, FromVmm, Packet, Reply, Request, Spawned, VmConfig, spawn_alone_after,
 };
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use seccompiler::{BpfProgram, apply_filter};
 
 /// How long a VMM may take to answer, or to end.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
 pub struct Vmm {
-    pub process: Child,
+    pub process: Spawned,
     pub channel: Channel,
+    /// Where its standard error arrives, unless that goes elsewhere.
+    stderr: Option<PipeReader>,
 }
 
 impl Vmm {
@@ -33,35 +32,40 @@ impl Vmm {
     }
 
     /// Starts one whose standard error goes there.
-    pub fn start_with(stderr: Stdio) -> Self {
+    pub fn start_with(stderr: &File) -> Self {
         Self::launch(stderr, Vec::new())
     }
 
     /// Starts one under system call filters of the test's.
     pub fn start_under(filters: Vec<BpfProgram>) -> Self {
-        Self::launch(Stdio::piped(), filters)
+        let (stderr, theirs) = io::pipe().unwrap();
+        let mut vmm = Self::launch(&theirs, filters);
+        vmm.stderr = Some(stderr);
+        vmm
     }
 
-    fn launch(stderr: Stdio, filters: Vec<BpfProgram>) -> Self {
+    fn launch(stderr: &impl AsFd, filters: Vec<BpfProgram>) -> Self {
         let (channel, theirs) = Channel::pair().unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-vmm"));
+        let program = Path::new(env!("CARGO_BIN_EXE_bulkhead-vmm"));
+        let filter = || {
+            filters
+                .iter()
+                .try_for_each(|filter| apply_filter(filter))
+                .map_err(|_| io::Error::last_os_error())
+        };
         // SAFETY: prctl(2) and seccomp(2) are async-signal-safe.
-        unsafe {
-            command.pre_exec(move || {
-                filters
-                    .iter()
-                    .try_for_each(|filter| apply_filter(filter))
-                    .map_err(|_| io::Error::last_os_error())
-            });
+        let process = unsafe { spawn_alone_after(program, &theirs, stderr.as_fd(), filter) };
+        Self {
+            process: process.unwrap(),
+            channel,
+            stderr: None,
         }
-        let process = spawn_alone(command, theirs, stderr).unwrap();
-        Self { process, channel }
     }
 
     /// What it has said on its standard error, once it has ended.
     pub fn last_words(&mut self) -> String {
         let mut text = String::new();
-        if let Some(mut stderr) = self.process.stderr.take() {
+        if let Some(mut stderr) = self.stderr.take() {
             stderr.read_to_string(&mut text).unwrap();
         }
         text
@@ -94,9 +98,8 @@ impl Vmm {
 
     /// Waits for the end of the process.
     pub fn exit(&mut self) -> ExitStatus {
-        let pid = Pid::from_child(&self.process);
-        let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
-        let ended = wait(&mut [PollFd::new(&process, PollFlags::IN)], LIMIT);
+        let process = &self.process.pidfd;
+        let ended = wait(&mut [PollFd::new(process, PollFlags::IN)], LIMIT);
         assert!(ended, "the VMM has not ended within {LIMIT:?}");
         self.process.wait().unwrap()
     }
