@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use bulkhead_guest_kernel::Kernel;
 use bulkhead_lab::{
     BUILD_LIMIT, Cache, Step, cargo, install_host_packages, run_shown, static_build, static_dir,
     target_dir,
@@ -39,10 +40,7 @@ pub fn build() -> Result<Built> {
     run_shown(static_build(&mut programs), BUILD_LIMIT)?;
     step.done();
 
-    let step = Step::announce("Preparing the guest's kernel");
-    let cache = Cache::open()?;
-    let kernel = bulkhead_guest_kernel::build(cache.root(), &mut |line| eprintln!("    {line}"))?;
-    step.done();
+    let kernel = kernel()?;
 
     let guest = target_dir().join("guest");
     fs::create_dir_all(&guest).with_context(|| format!("create {}", guest.display()))?;
@@ -53,6 +51,19 @@ pub fn build() -> Result<Built> {
     build_initramfs(&programs.join("bulkhead-agent"), &guest.join(INITRAMFS))?;
     write_manifest(&guest, &kernel.release)?;
     Ok(Built { programs, guest })
+}
+
+/// Builds the guest's kernel, so that it is in the cache afterwards.
+pub fn prepare_kernel() -> Result<()> {
+    kernel().map(drop)
+}
+
+fn kernel() -> Result<Kernel> {
+    let step = Step::announce("Preparing the guest's kernel");
+    let cache = Cache::open()?;
+    let kernel = bulkhead_guest_kernel::build(cache.root(), &mut |line| eprintln!("    {line}"))?;
+    step.done();
+    Ok(kernel)
 }
 
 /// Builds the end-to-end tests' program, a static one, which runs inside a lab.

@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything that is checked before a change goes in.
 
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use anyhow::Result;
 use bulkhead_lab::{BUILD_LIMIT, Step, cargo, prepare_images, run_shown};
@@ -10,8 +10,10 @@ use crate::{build, e2e};
 /// Runs all tests, or only the end-to-end tests whose names contain `only`.
 pub fn run(only: Option<&str>) -> Result<i32> {
     build::install_packages()?;
-    // Meanwhile, for it waits for packages more than it computes.
+    // Both beside the rest: one waits for packages, and the kernel's compiler fills what a linker
+    // leaves idle.
     let images = thread::spawn(prepare_images);
+    let kernel = thread::spawn(build::prepare_kernel);
     if only.is_none() {
         check()?;
     }
@@ -20,11 +22,17 @@ pub fn run(only: Option<&str>) -> Result<i32> {
         tests: build::build_e2e()?,
         open_vmm: build::build_open_vmm()?,
     };
-    match images.join() {
-        Ok(prepared) => prepared?,
+    // The build above has waited for the kernel too.
+    finish(kernel)?;
+    finish(images)?;
+    e2e::run(&programs, only)
+}
+
+fn finish<E: Into<anyhow::Error>>(work: JoinHandle<Result<(), E>>) -> Result<()> {
+    match work.join() {
+        Ok(result) => result.map_err(Into::into),
         Err(panic) => std::panic::resume_unwind(panic),
     }
-    e2e::run(&programs, only)
 }
 
 /// Format, lints and unit tests, with cargo-nextest where it is installed.
