@@ -267,6 +267,7 @@ impl Up {
             metered: self.metered,
             containerd: !self.no_containerd,
             memory_mib: self.memory,
+            ..LabOptions::default()
         }
     }
 }

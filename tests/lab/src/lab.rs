@@ -32,6 +32,8 @@ pub struct LabOptions {
     pub containerd: bool,
     /// The lab's memory in MiB.
     pub memory_mib: u32,
+    /// CPUs that programs run on; a metered lab has one.
+    pub cpus: u32,
 }
 
 impl Default for LabOptions {
@@ -41,6 +43,7 @@ impl Default for LabOptions {
             metered: false,
             containerd: true,
             memory_mib: 6144,
+            cpus: 2,
         }
     }
 }

@@ -33,6 +33,8 @@ impl Machine {
     ) -> Result<Child, Error> {
         let initramfs = state.file("initramfs.cpio");
         self.write_initramfs(&initramfs)?;
+        // The agent keeps everything off the first processor.
+        let processors = (options.cpus + 1).to_string();
         let mut command = self.qemu();
         command
             .args(["-M", "q35", "-cpu", "EPYC,+svm,+npt", "-m"])
@@ -49,8 +51,7 @@ impl Machine {
                 ]
                 .as_slice()
             } else {
-                // The agent keeps everything off the first processor.
-                &["-accel", "tcg,thread=multi", "-smp", "3"]
+                &["-accel", "tcg,thread=multi", "-smp", &processors]
             })
             .args([
                 "-nodefaults",
