@@ -41,17 +41,14 @@ impl Machine {
             .arg(options.memory_mib.to_string())
             .args(if options.metered {
                 // The clock advances 1 ns an instruction: time is the same on every machine.
-                [
-                    "-accel",
-                    "tcg,thread=single",
-                    "-smp",
-                    "1",
-                    "-icount",
-                    "shift=0,sleep=off,align=off",
-                ]
-                .as_slice()
+                ["-accel", "tcg,thread=single", "-smp", "1"]
             } else {
-                &["-accel", "tcg,thread=multi", "-smp", &processors]
+                ["-accel", "tcg,thread=multi", "-smp", &processors]
+            })
+            .args(if options.metered {
+                ["-icount", "shift=0,sleep=off,align=off"].as_slice()
+            } else {
+                &[]
             })
             .args([
                 "-nodefaults",
