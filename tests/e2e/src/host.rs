@@ -222,13 +222,13 @@ pub fn cpu_ticks(pid: i32) -> Result<u64> {
         .sum()
 }
 
-/// Which processes may run beside this one on a core's threads: those with the same number, 0 unless
-/// it has any of its own (core-scheduling.rst).
-pub fn core_cookie(pid: i32) -> Result<u64> {
-    let pid = Pid::from_raw(pid).with_context(|| format!("{pid} is no process id"))?;
+/// Which processes may run beside this one on a core's threads: those with the same number, 0 unless it
+/// has one of its own (core-scheduling.rst). Nothing where no core has a second thread; fails with
+/// `EINVAL` where the kernel does not know of it.
+pub fn core_cookie(pid: i32) -> Result<Option<u64>, Errno> {
+    let pid = Pid::from_raw(pid).ok_or(Errno::SRCH)?;
     match core_scheduling_cookie(pid, CoreSchedulingScope::Thread) {
-        // No core has a second thread.
-        Err(Errno::NODEV) => Ok(0),
-        result => Ok(result.context("cannot read a core scheduling cookie")?),
+        Err(Errno::NODEV) => Ok(None),
+        result => result.map(Some),
     }
 }

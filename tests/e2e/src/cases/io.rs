@@ -20,7 +20,8 @@ pub fn cases() -> Vec<Case> {
         case(
             "stdout and stderr stay apart, 100 MiB byte for byte",
             two_outputs,
-        ),
+        )
+        .in_debian(),
         case(
             "binary input of any length ends where it ends",
             short_inputs,

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use rustix::io::Errno;
 
 use super::failures::Config;
 use super::{Case, Setting, bulkhead};
@@ -139,25 +140,32 @@ fn cgroup(container: &Container) -> PathBuf {
     Path::new("/sys/fs/cgroup/default").join(container.id())
 }
 
-/// Where the host's processors have threads that share a core.
-const SMT: &str = "/sys/devices/system/cpu/smt/active";
-
 fn own_cores(setting: &Setting) -> Result<()> {
     let _config = Config::replace("core_scheduling = true\n")?;
     let start = || setting.container().detach(&["sleep", "100000"]);
+    let smt = match host::core_cookie(1) {
+        Ok(cookie) => cookie.is_some(),
+        // This kernel cannot do it (Debian's for clouds), so no pod may run.
+        Err(Errno::INVAL) => {
+            let refused = setting.container().run(&["true"])?;
+            ensure!(
+                refused.code() == 1 && refused.err().contains("CONFIG_SCHED_CORE"),
+                "{refused}"
+            );
+            return Ok(());
+        }
+        Err(errno) => return Err(errno).context("cannot read a core scheduling cookie"),
+    };
     let (a, b) = (start()?, start()?);
-    let cookies = [&a, &b].map(|container| -> Result<u64> {
-        host::core_cookie(Pod::of(container.id())?.child("bulkhead-vmm")?.pid)
-    });
-    let [of_a, of_b] = cookies;
-    let (of_a, of_b) = (of_a?, of_b?);
-    if host::read(Path::new(SMT))?.trim_end() == "1" {
-        ensure!(
-            of_a != 0 && of_b != 0 && of_a != of_b,
-            "{of_a:#x}, {of_b:#x}"
-        );
-    } else {
-        ensure!((of_a, of_b) == (0, 0), "nobody is to be kept off");
-    }
+    let cookie = |container: &Container| -> Result<Option<u64>> {
+        let vmm = Pod::of(container.id())?.child("bulkhead-vmm")?.pid;
+        Ok(host::core_cookie(vmm)?)
+    };
+    let (of_a, of_b) = (cookie(&a)?, cookie(&b)?);
+    // Without threads that share a core there are no cookies.
+    ensure!(
+        !smt || of_a != Some(0) && of_b != Some(0) && of_a != of_b,
+        "{of_a:?}, {of_b:?}"
+    );
     Ok(())
 }
