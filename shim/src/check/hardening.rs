@@ -111,8 +111,9 @@ pub fn smt(machine: &Machine) -> Result<Outcome, Unreadable> {
         Some("1") if keeps_cores => Outcome::ok("on; each pod has its cores to itself"),
         Some("1") => Outcome::warning(
             "on: neighbours on sibling threads of a core can observe each other",
-            "set core_scheduling = true in the configuration; or echo off > \
-             /sys/devices/system/cpu/smt/control, and nosmt on the kernel's command line",
+            "echo off > /sys/devices/system/cpu/smt/control, and nosmt on the kernel's command \
+             line; or, if the kernel has CONFIG_SCHED_CORE (Debian's has not), set \
+             core_scheduling = true in the configuration",
         ),
         _ => Outcome::ok("off"),
     })
