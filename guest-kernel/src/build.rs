@@ -57,31 +57,6 @@ const MAKE_VARIABLES: [&str; 5] = [
     "KBUILD_BUILD_VERSION=1",
 ];
 
-/// Half of the source, which is for other machines. Kconfig reads the files that are left of it.
-const UNUSED_SOURCE: [&str; 21] = [
-    "*/Documentation/devicetree/*/*",
-    "*/arch/arm/*/*",
-    "*/arch/arm64/*/*",
-    "*/arch/mips/*/*",
-    "*/arch/powerpc/*/*",
-    "*/arch/riscv/*/*",
-    "*/drivers/clk/*.[ch]",
-    "*/drivers/gpu/*.[ch]",
-    "*/drivers/iio/*.[ch]",
-    "*/drivers/infiniband/*.[ch]",
-    "*/drivers/media/*.[ch]",
-    "*/drivers/net/ethernet/*.[ch]",
-    "*/drivers/net/wireless/*.[ch]",
-    "*/drivers/pinctrl/*.[ch]",
-    "*/drivers/scsi/*.[ch]",
-    "*/drivers/staging/*.[ch]",
-    "*/drivers/usb/*.[ch]",
-    "*/fs/xfs/*.[ch]",
-    "*/sound/*.[ch]",
-    "*/tools/perf/*.[ch]",
-    "*/tools/testing/*/*",
-];
-
 /// One core of a busy machine compiles the kernel in about 20 minutes.
 const COMPILE_DEADLINE: Duration = Duration::from_secs(90 * 60);
 const STEP_DEADLINE: Duration = Duration::from_secs(15 * 60);
@@ -390,8 +365,7 @@ fn compile(work: &Path, steps: &mut Steps<'_>) -> Result<PathBuf, BuildError> {
                 SOURCE,
                 "--directory",
             ])
-            .arg(&source)
-            .args(UNUSED_SOURCE.map(|pattern| format!("--exclude={pattern}"))),
+            .arg(&source),
     )?;
     steps.run(
         Command::new("patch")
