@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything that is checked before a change goes in.
 
-use std::thread::{self, JoinHandle};
+use std::thread::{self, ScopedJoinHandle};
 
 use anyhow::Result;
 use bulkhead_lab::{BUILD_LIMIT, Step, cargo, prepare_images, run_shown};
@@ -10,25 +10,28 @@ use crate::{build, e2e};
 /// Runs all tests, or only the end-to-end tests whose names contain `only`.
 pub fn run(only: Option<&str>) -> Result<i32> {
     build::install_packages()?;
-    // Both beside the rest: one waits for packages, and the kernel's compiler fills what a linker
-    // leaves idle.
-    let images = thread::spawn(prepare_images);
-    let kernel = thread::spawn(build::prepare_kernel);
-    if only.is_none() {
-        check()?;
-    }
-    let programs = e2e::Programs {
-        built: build::build()?,
-        tests: build::build_e2e()?,
-        open_vmm: build::build_open_vmm()?,
-    };
-    // The build above has waited for the kernel too.
-    finish(kernel)?;
-    finish(images)?;
+    // Whatever fails, nothing of it runs on when this returns.
+    let programs = thread::scope(|scope| {
+        // Both beside the rest: one waits for packages, and the kernel's compiler fills what a linker
+        // leaves idle.
+        let images = scope.spawn(prepare_images);
+        let kernel = scope.spawn(build::prepare_kernel);
+        if only.is_none() {
+            check()?;
+        }
+        let programs = e2e::Programs {
+            built: build::build()?,
+            tests: build::build_e2e()?,
+            open_vmm: build::build_open_vmm()?,
+        };
+        finish(kernel)?;
+        finish(images)?;
+        anyhow::Ok(programs)
+    })?;
     e2e::run(&programs, only)
 }
 
-fn finish<E: Into<anyhow::Error>>(work: JoinHandle<Result<(), E>>) -> Result<()> {
+fn finish<E: Into<anyhow::Error>>(work: ScopedJoinHandle<'_, Result<(), E>>) -> Result<()> {
     match work.join() {
         Ok(result) => result.map_err(Into::into),
         Err(panic) => std::panic::resume_unwind(panic),
