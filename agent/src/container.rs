@@ -1,7 +1,7 @@
 //! One container: its cgroup, its own process and those that were exec'd into it.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     io,
     path::{Component, Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -9,17 +9,24 @@ use std::{
 };
 
 use bulkhead_agent_api::messages::{CreateContainerRequest, ExecRequest, StatsResponse, Stdio};
-use oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec};
+use oci_spec::runtime::{
+    LinuxNamespaceType, LinuxPersonality, LinuxSeccomp, Process as ProcessSpec, Spec,
+};
 use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 
 use crate::{
     cgroup::Cgroup,
     error::ServiceError,
-    process::{Process, StageChannel, launch},
+    neighbours::{Neighbour, Neighbours, Network, Networks},
+    process::{Place, Process, StageChannel, launch},
     reaper::Reaper,
     serve::Guest,
-    spec::{self, SpecError},
-    stage::protocol::{CreateTask, Request, Task},
+    spec::{self, SpecError, Supplied},
+    stage::{
+        mounts,
+        namespaces::{self, flag},
+        protocol::{CreateTask, IdMappings, Request, Task},
+    },
 };
 
 /// For the kernel to end every process of a container and take its cgroup away, and for the host
@@ -36,7 +43,11 @@ const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 pub struct Container {
     cgroup: Cgroup,
     seccomp: Option<LinuxSeccomp>,
+    personality: Option<LinuxPersonality>,
+    users: Option<IdMappings>,
     init: Arc<Process>,
+    /// Its processes are in another container's PID namespace.
+    shares_pids: bool,
     /// Present until the container is started.
     waiting: AsyncMutex<Option<StageChannel>>,
     /// `None` while a process is being started.
@@ -48,48 +59,78 @@ impl Container {
     pub async fn create(
         guest: &Guest,
         reaper: &Reaper,
+        networks: &Networks,
         request: CreateContainerRequest,
+        neighbours: Neighbours,
     ) -> Result<Self, ServiceError> {
-        let shared: HashSet<u32> = request
-            .shared_mounts
-            .iter()
-            .map(|share| share.index)
-            .collect();
-        let is_shared = |index| u32::try_from(index).is_ok_and(|index| shared.contains(&index));
-        let spec = spec::read_spec(&request.spec, is_shared)?;
         let share = |name: &str| share_path(&guest.shared_dir, name);
-        let rootfs = share(&request.rootfs_share)?;
         let mut binds = HashMap::new();
         for mount in &request.shared_mounts {
             let index = usize::try_from(mount.index).unwrap_or(usize::MAX);
             binds.insert(index, share(&mount.share)?);
         }
+        let supplied = Supplied {
+            shares: binds.keys().copied().collect(),
+            namespaces: neighbours.kinds(),
+        };
+        let spec = spec::read_spec(&request.spec, &supplied)?;
+        let rootfs = share(&request.rootfs_share)?;
         let process = spec.process().clone();
         let process = process.ok_or(SpecError::Missing { field: "process" })?;
         let linux = spec.linux().as_ref();
-        let resources = linux.and_then(|linux| linux.resources().as_ref());
         let seccomp = linux.and_then(|linux| linux.seccomp().clone());
-        let cgroup = Cgroup::create(&guest.cgroup_root, &request.container_id, resources)?;
+        let personality = linux.and_then(|linux| linux.personality().clone());
+        let users = neighbours.users(&spec);
+        let shares_pids = neighbours.kinds().contains(&LinuxNamespaceType::Pid);
+        let mut network = networks.of(&spec).await;
+        let mut joined = neighbours.into_descriptors();
+        if let Some(namespace) = network
+            .as_ref()
+            .map(Network::namespace)
+            .transpose()?
+            .flatten()
+        {
+            joined.push((namespace, flag(LinuxNamespaceType::Network)));
+        }
+        let (joined, flags): (Vec<_>, Vec<_>) = joined.into_iter().unzip();
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        let owner = cgroup_owner(&spec, users.as_ref());
+        let id = &request.container_id;
+        let cgroup = Cgroup::create(&guest.cgroup_root, id, resources, owner)?;
         let stdio = request.stdio.into_option().unwrap_or_default();
         let stage_request = Request {
             terminal: terminal_size(&process, &stdio)?,
             process,
             seccomp: seccomp.clone(),
+            personality: personality.clone(),
+            users: users.clone(),
             task: Task::Create(Box::new(CreateTask {
                 spec,
                 rootfs,
                 binds,
+                joined: flags,
             })),
         };
         let launched = async {
-            let fd = cgroup.open()?;
-            launch(guest, reaper, stage_request, fd, None, &stdio).await
+            let place = Place {
+                cgroup: cgroup.open()?,
+                init: None,
+                joined,
+            };
+            let launched = launch(guest, reaper, stage_request, place, &stdio).await?;
+            if let Some(network) = &mut network {
+                network.keep(launched.0.pidfd())?;
+            }
+            Ok(launched)
         };
         match launched.await {
             Ok((init, channel)) => Ok(Self {
                 cgroup,
                 seccomp,
+                personality,
+                users,
                 init: Arc::new(init),
+                shares_pids,
                 waiting: AsyncMutex::new(Some(channel)),
                 execs: Mutex::default(),
             }),
@@ -99,6 +140,28 @@ impl Container {
                 Err(error)
             }
         }
+    }
+
+    /// Ends what is left of a container when its own process has ended, as the kernel does where
+    /// that was PID 1 of a namespace of its own.
+    pub async fn end_with_init(&self) {
+        if !self.shares_pids {
+            return;
+        }
+        self.init.wait().await;
+        if let Err(error) = self.cgroup.kill() {
+            crate::log::error(&crate::log::chain(&error));
+        }
+    }
+
+    /// Itself, for another container that joins one of its namespaces.
+    pub fn neighbour(&self, kind: LinuxNamespaceType) -> Result<Neighbour, ServiceError> {
+        let pidfd = self.init.pidfd().try_clone();
+        Ok(Neighbour {
+            kind,
+            pidfd: pidfd.map_err(ServiceError::system("copy the container's pidfd"))?,
+            users: self.users.clone(),
+        })
     }
 
     /// Starts the container's process.
@@ -172,12 +235,19 @@ impl Container {
             terminal: terminal_size(&process, &stdio)?,
             process,
             seccomp: self.seccomp.clone(),
+            personality: self.personality.clone(),
+            users: self.users.clone(),
             task: Task::Join,
         };
         let cgroup = self.cgroup.open_of(&guest.cgroup_root, self.init.pid())?;
-        let init = self.init.pidfd();
+        let init = self.init.pidfd().try_clone();
         let init = init.map_err(ServiceError::system("copy the container's pidfd"))?;
-        let launched = launch(guest, reaper, stage_request, cgroup, Some(init), &stdio);
+        let place = Place {
+            cgroup,
+            init: Some(init),
+            joined: vec![],
+        };
+        let launched = launch(guest, reaper, stage_request, place, &stdio);
         Ok(launched.await?.0)
     }
 
@@ -267,6 +337,17 @@ impl Container {
     fn execs(&self) -> std::sync::MutexGuard<'_, HashMap<String, Option<Arc<Process>>>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The user outside a user namespace who gets a container's cgroup: it has a writable view of it.
+fn cgroup_owner(spec: &Spec, users: Option<&IdMappings>) -> Option<u32> {
+    let writable = spec.mounts().iter().flatten().any(|mount| {
+        let is_cgroup = matches!(mount.typ().as_deref(), Some("cgroup" | "cgroup2"));
+        is_cgroup && !mounts::options(mount).attributes.is_read_only()
+    });
+    let process = spec.process().as_ref()?;
+    (writable && namespaces::has(spec, LinuxNamespaceType::Cgroup))
+        .then(|| users?.user(process.user().uid()))?
 }
 
 /// Gives the host what the container wrote to shared files and what is still in the guest's page

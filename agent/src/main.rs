@@ -9,6 +9,7 @@ mod cgroup;
 mod container;
 mod error;
 mod log;
+mod neighbours;
 mod process;
 mod reaper;
 mod serve;

@@ -46,9 +46,9 @@ impl Process {
         self.pid
     }
 
-    /// A copy of its pidfd.
-    pub fn pidfd(&self) -> io::Result<OwnedFd> {
-        self.pidfd.try_clone()
+    /// Its pidfd.
+    pub fn pidfd(&self) -> &OwnedFd {
+        &self.pidfd
     }
 
     /// Whether it has ended.
@@ -173,22 +173,35 @@ impl StageChannel {
     }
 }
 
+/// Where a process is made.
+#[derive(Debug)]
+pub struct Place {
+    /// The cgroup to be born in.
+    pub cgroup: OwnedFd,
+    /// pidfd of the own process of the container that is joined.
+    pub init: Option<OwnedFd>,
+    /// Namespaces that a new container joins, in the order of [`CreateTask::joined`].
+    ///
+    /// [`CreateTask::joined`]: stage::protocol::CreateTask::joined
+    pub joined: Vec<OwnedFd>,
+}
+
 /// Has a stage make a process and connects its streams. Returns when a container's process waits
 /// for its start, or when another process has called execve.
 pub async fn launch(
     guest: &Guest,
     reaper: &Reaper,
     request: Request,
-    cgroup: OwnedFd,
-    init: Option<OwnedFd>,
+    place: Place,
     stdio: &Stdio,
 ) -> Result<(Process, StageChannel), ServiceError> {
     let waits = matches!(request.task, stage::protocol::Task::Create(_));
     let (streams, ends) = Streams::prepare(&guest.transport, stdio)?;
     let fds = RequestFds {
-        cgroup,
+        cgroup: place.cgroup,
         stdio: ends,
-        init,
+        init: place.init,
+        joined: place.joined,
     };
     let channel = spawn_stage(reaper, &request, fds)?;
     let mut heard = Heard::default();

@@ -16,7 +16,16 @@ use bulkhead_agent_api::{
 };
 use ttrpc::asynchronous::TtrpcContext;
 
-use crate::{boot, container::Container, error::ServiceError, reaper::Reaper, serve::Guest};
+use oci_spec::runtime::LinuxNamespaceType;
+
+use crate::{
+    boot,
+    container::Container,
+    error::ServiceError,
+    neighbours::{Neighbours, Networks},
+    reaper::Reaper,
+    serve::Guest,
+};
 
 /// Longest name of a container: with the prefix of its cgroup it must fit into a file name.
 const ID_MAX: usize = 200;
@@ -29,6 +38,7 @@ struct State {
     reaper: Arc<Reaper>,
     /// `None` while a container is being created.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    networks: Networks,
 }
 
 impl Service {
@@ -38,6 +48,7 @@ impl Service {
             guest,
             reaper,
             containers: Mutex::default(),
+            networks: Networks::default(),
         }))
     }
 
@@ -77,10 +88,20 @@ impl State {
         if self.containers().contains_key(&id) {
             return Err(ServiceError::ContainerExists(id));
         }
+        let neighbours = self.neighbours(&request)?;
         self.containers().insert(id.clone(), None);
-        match Container::create(&self.guest, &self.reaper, request).await {
+        let created = Container::create(
+            &self.guest,
+            &self.reaper,
+            &self.networks,
+            request,
+            neighbours,
+        );
+        match created.await {
             Ok(container) => {
-                self.containers().insert(id, Some(Arc::new(container)));
+                let container = Arc::new(container);
+                self.containers().insert(id, Some(Arc::clone(&container)));
+                tokio::spawn(async move { container.end_with_init().await });
                 Ok(())
             }
             Err(error) => {
@@ -88,6 +109,18 @@ impl State {
                 Err(error)
             }
         }
+    }
+
+    fn neighbours(&self, request: &CreateContainerRequest) -> Result<Neighbours, ServiceError> {
+        let joined = request.joined_namespaces.iter().map(|joined| {
+            let kind = LinuxNamespaceType::try_from(joined.type_.as_str());
+            let kind = kind.map_err(|_| ServiceError::BadRequest {
+                what: "type of a namespace",
+                value: joined.type_.clone(),
+            })?;
+            self.container(&joined.container_id)?.neighbour(kind)
+        });
+        Ok(Neighbours(joined.collect::<Result<_, _>>()?))
     }
 
     async fn delete(&self, request: ProcessRequest) -> Result<(), ServiceError> {

@@ -1,8 +1,8 @@
 //! The creation of a container, and how it is undone when a step fails.
 
-use std::{path::Path, sync::Arc};
+use std::{collections::HashMap, path::Path, sync::Arc};
 
-use bulkhead_agent_api::messages::CreateContainerRequest;
+use bulkhead_agent_api::messages::{CreateContainerRequest, JoinedNamespace};
 use containerd_shim_protos::{
     api::CreateTaskRequest,
     events::task::{TaskCreate, TaskIO},
@@ -33,15 +33,23 @@ struct Progress {
     anchor: Option<Anchor>,
 }
 
-/// Creates a container. `prefix` is the beginning of its shares' names, unused so far in the pod.
-/// When that fails, nothing of it is left.
+/// The pod around a new container.
+#[derive(Debug)]
+pub struct Neighbourhood {
+    /// Beginning of the names of its shares, unused so far in the pod.
+    pub prefix: String,
+    /// The other containers, by their pids on the host.
+    pub containers: HashMap<u32, String>,
+}
+
+/// Creates a container. When that fails, nothing of it is left.
 pub async fn create(
     host: &Arc<Host>,
     request: &CreateTaskRequest,
-    prefix: &str,
+    neighbourhood: &Neighbourhood,
 ) -> Result<Arc<Container>, TaskError> {
     let mut progress = Progress::default();
-    let built = build(host, request, prefix, &mut progress).await;
+    let built = build(host, request, neighbourhood, &mut progress).await;
     let (spec, process, agent) = match built {
         Ok(built) => built,
         Err(error) => {
@@ -85,6 +93,21 @@ pub async fn create(
     Ok(Container::new(host.clone(), parts, anchor, agent))
 }
 
+impl Neighbourhood {
+    /// The namespaces of other containers that a spec asks for.
+    fn joined_by(&self, spec: &Spec) -> Vec<JoinedNamespace> {
+        let named = spec.namespaces_of_processes();
+        let joined = named.filter_map(|(kind, pid)| {
+            Some(JoinedNamespace {
+                type_: kind.to_owned(),
+                container_id: self.containers.get(&pid)?.clone(),
+                ..JoinedNamespace::default()
+            })
+        });
+        joined.collect()
+    }
+}
+
 async fn undo(host: &Host, id: &str, mut progress: Progress) {
     if let Some(anchor) = progress.anchor.take() {
         anchor.finish(KILLED).await;
@@ -95,7 +118,7 @@ async fn undo(host: &Host, id: &str, mut progress: Progress) {
 async fn build(
     host: &Arc<Host>,
     request: &CreateTaskRequest,
-    prefix: &str,
+    neighbourhood: &Neighbourhood,
     progress: &mut Progress,
 ) -> Result<(Spec, Arc<Process>, AgentClient), TaskError> {
     // What is wrong with the VM comes before what follows from it.
@@ -156,11 +179,11 @@ async fn build(
 
     let shares = &mut progress.resources.shares;
     let rootfs_share = shares
-        .add_rootfs(&host.pod, confinement, prefix, rootfs)
+        .add_rootfs(&host.pod, confinement, &neighbourhood.prefix, rootfs)
         .await?;
     let mounts = spec.mounts.as_deref().unwrap_or_default();
     let shared_mounts = shares
-        .add_mounts(&host.pod, confinement, prefix, mounts)
+        .add_mounts(&host.pod, confinement, &neighbourhood.prefix, mounts)
         .await?;
 
     // Noted first: an answer that comes too late may still mean that it was created.
@@ -171,6 +194,7 @@ async fn build(
         rootfs_share,
         shared_mounts,
         stdio: MessageField::some(stdio),
+        joined_namespaces: neighbourhood.joined_by(&spec),
         ..CreateContainerRequest::default()
     };
     if let Err(error) = agent.create(&message).await {

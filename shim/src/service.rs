@@ -29,7 +29,7 @@ use ttrpc::r#async::TtrpcContext;
 use crate::{
     address::Address,
     container::{Container, Host},
-    creation,
+    creation::{self, Neighbourhood},
     errors::{TaskError, timestamp},
     events::Event,
     pod,
@@ -142,7 +142,8 @@ impl Service {
     }
 
     async fn create_container(self, request: CreateTaskRequest) -> Result<u32, TaskError> {
-        {
+        let number = self.shared.created.fetch_add(1, Ordering::Relaxed);
+        let neighbourhood = {
             let mut containers = self.containers();
             if containers.closed {
                 return Err(TaskError::State("The pod is shutting down".into()));
@@ -156,9 +157,17 @@ impl Service {
                 }
                 Entry::Vacant(slot) => slot.insert(Slot::Creating),
             };
-        }
-        let number = self.shared.created.fetch_add(1, Ordering::Relaxed);
-        let created = creation::create(&self.shared.host, &request, &format!("c{number}")).await;
+            let others = containers.slots.iter();
+            let others = others.filter_map(|(id, slot)| match slot {
+                Slot::Created(container) => Some((container.init.pid(), id.clone())),
+                Slot::Creating => None,
+            });
+            Neighbourhood {
+                prefix: format!("c{number}"),
+                containers: others.collect(),
+            }
+        };
+        let created = creation::create(&self.shared.host, &request, &neighbourhood).await;
         let created = match created {
             Ok(container) => self.keep(&request.id, container).await,
             Err(error) => Err(error),

@@ -95,7 +95,9 @@ impl Mount {
 
     /// Whether the source is a file or directory of the host.
     pub fn is_bind(&self) -> bool {
-        self.kind == "bind" || self.has("bind") || self.has("rbind")
+        // A remount only changes what is there.
+        let bound = self.kind == "bind" || self.has("bind") || self.has("rbind");
+        bound && !self.has("remount")
     }
 
     /// Whether mounts below the source come along.
@@ -290,6 +292,21 @@ impl Spec {
             .map(|namespace| namespace.path.as_path())
     }
 
+    /// The namespaces that are named by a process which is in them: type and pid.
+    pub fn namespaces_of_processes(&self) -> impl Iterator<Item = (&str, u32)> {
+        let linux = self.linux.iter();
+        let namespaces = linux.flat_map(|linux| linux.namespaces.iter().flatten());
+        namespaces.filter_map(|namespace| {
+            let (pid, name) = namespace
+                .path
+                .to_str()?
+                .strip_prefix("/proc/")?
+                .split_once("/ns/")?;
+            // The network's name in /proc differs from its type.
+            (name == namespace.kind).then_some((name, pid.parse().ok()?))
+        })
+    }
+
     /// `process.consoleSize`, zero when not given.
     pub fn console_size(&self) -> ConsoleSize {
         self.process
@@ -333,6 +350,18 @@ mod tests {
         assert!(mounts[0].is_bind() && mounts[0].is_recursive() && mounts[0].is_read_only());
         assert!(mounts[1].is_bind() && !mounts[1].is_recursive() && !mounts[1].is_read_only());
         assert!(!mounts[2].is_bind());
+    }
+
+    #[test]
+    fn namespaces_may_be_named_by_processes() {
+        let spec = spec(
+            r#"{"linux":{"namespaces":[
+                {"type":"pid","path":"/proc/12/ns/pid"},{"type":"ipc","path":"/proc/13/ns/uts"},
+                {"type":"uts","path":"/run/uts"},{"type":"user","path":"/proc/self/ns/user"},
+                {"type":"mount"},{"type":"network","path":"/proc/14/ns/net"}]}}"#,
+        );
+        let found: Vec<_> = spec.namespaces_of_processes().collect();
+        assert_eq!(found, [("pid", 12)]);
     }
 
     #[test]

@@ -15,6 +15,9 @@ use rustix::fs::{Mode, OFlags, inotify};
 use thiserror::Error;
 use tokio::io::{Interest, unix::AsyncFd};
 
+/// Names of the files that may be given to somebody else.
+const DELEGATE: &str = "/sys/kernel/cgroup/delegate";
+
 /// What went wrong with a cgroup.
 #[derive(Debug, Error)]
 pub enum CgroupError {
@@ -66,17 +69,20 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes the cgroup of a container, with all its limits. Leaves nothing behind on failure.
+    /// Makes the cgroup of a container, with all its limits. `owner` is the user outside a user
+    /// namespace to whom it is delegated. Leaves nothing behind on failure.
     pub fn create(
         root: &Path,
         container: &str,
         resources: Option<&LinuxResources>,
+        owner: Option<u32>,
     ) -> Result<Self, CgroupError> {
         // The prefix keeps containers apart from the files of the root cgroup.
         let path = root.join(format!("container-{container}"));
         fs::create_dir(&path).map_err(file_error("create cgroup", &path))?;
         let cgroup = Self { path };
-        match cgroup.limit(resources) {
+        let limited = cgroup.limit(resources);
+        match limited.and_then(|()| owner.map_or(Ok(()), |owner| cgroup.delegate(owner))) {
             Ok(()) => Ok(cgroup),
             Err(error) => {
                 let _ = fs::remove_dir(&cgroup.path);
@@ -96,6 +102,20 @@ impl Cgroup {
         let rules = resources.and_then(|resources| resources.devices().as_deref());
         let program = devices_bpf::program(rules.unwrap_or_default());
         devices_bpf::attach(&self.open()?, &program)
+    }
+
+    /// Gives a user what the kernel says is safe to delegate (cgroup-v2.rst, "Delegation").
+    fn delegate(&self, owner: u32) -> Result<(), CgroupError> {
+        let listed = fs::read_to_string(DELEGATE).map_err(file_error("read", DELEGATE))?;
+        let files = listed.lines().map(|name| self.path.join(name));
+        for path in files.chain([self.path.clone()]) {
+            match std::os::unix::fs::chown(&path, Some(owner), None) {
+                // A file of a controller that this kernel does not have.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                done => done.map_err(file_error("delegate", &path))?,
+            }
+        }
+        Ok(())
     }
 
     /// A descriptor for `CLONE_INTO_CGROUP`.

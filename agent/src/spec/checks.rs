@@ -1,14 +1,25 @@
 //! What of a spec can be applied. Everything that passes here is applied by the stage or the
 //! cgroup; everything else is refused with the field's name.
 
-use std::path::{Component, Path};
-
-use oci_spec::runtime::{
-    Linux, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompAction, Mount, Process, Spec,
+use std::{
+    collections::HashSet,
+    path::{Component, Path},
 };
 
-use super::{SpecError, device_type};
-use crate::stage::mounts::{MountOptions, is_bind};
+use oci_spec::runtime::{
+    Linux, LinuxIdMapping, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompAction, Mount, Process,
+    Spec,
+};
+
+use super::{SpecError, Supplied, device_type};
+use crate::stage::{
+    affinity,
+    mounts::{self, MountOptions, is_bind},
+    namespaces, scheduling,
+};
+
+/// Lines of a uid_map, user_namespaces(7).
+const MAPPINGS_MAX: usize = 340;
 
 /// sysctls of the IPC namespace besides `fs.mqueue.*`, see ipc_namespaces(7).
 const IPC_SYSCTLS: [&str; 9] = [
@@ -24,7 +35,7 @@ const IPC_SYSCTLS: [&str; 9] = [
 ];
 
 /// Checks a container's whole spec.
-pub fn spec(spec: &Spec, shared: impl Fn(usize) -> bool) -> Result<(), SpecError> {
+pub fn spec(spec: &Spec, supplied: &Supplied) -> Result<(), SpecError> {
     refuse("solaris", spec.solaris().is_some(), "not Linux")?;
     refuse("windows", spec.windows().is_some(), "not Linux")?;
     refuse("zos", spec.zos().is_some(), "not Linux")?;
@@ -41,17 +52,17 @@ pub fn spec(spec: &Spec, shared: impl Fn(usize) -> bool) -> Result<(), SpecError
     }
     let has = |maps: &Option<Vec<_>>| maps.as_ref().is_some_and(|maps| !maps.is_empty());
     let misplaced = has(spec.uid_mappings()) || has(spec.gid_mappings());
-    refuse("uidMappings", misplaced, "user namespaces are not applied")?;
+    refuse("uidMappings", misplaced, "it belongs below linux")?;
     refuse_missing("root", spec.root().is_none())?;
     let Some(process_spec) = spec.process() else {
         return Err(SpecError::Missing { field: "process" });
     };
     process(process_spec)?;
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
-        check_mount(index, mount, &shared)?;
+        check_mount(index, mount, spec, supplied)?;
     }
     match spec.linux() {
-        Some(linux) => check_linux(linux),
+        Some(linux) => check_linux(linux, supplied),
         None => Err(SpecError::Missing { field: "linux" }),
     }
 }
@@ -65,8 +76,6 @@ pub fn process(process: &Process) -> Result<(), SpecError> {
         process.command_line().is_some(),
         "not Linux",
     )?;
-    let username = process.user().username().as_deref().unwrap_or_default();
-    refuse("process.user.username", !username.is_empty(), "not Linux")?;
     let nul = |text: &str| text.contains('\0');
     if args.iter().any(|arg| nul(arg)) || process.env().iter().flatten().any(|env| nul(env)) {
         return Err(SpecError::invalid("process", "a NUL byte in args or env"));
@@ -93,56 +102,101 @@ pub fn process(process: &Process) -> Result<(), SpecError> {
             .is_some_and(|label| !label.is_empty()),
         "the guest has no SELinux",
     )?;
-    let no_scheduling = "scheduling policies are not applied in the guest";
-    refuse(
-        "process.scheduler",
-        process.scheduler().is_some(),
-        no_scheduling,
-    )?;
-    refuse(
-        "process.ioPriority",
-        process.io_priority().is_some(),
-        no_scheduling,
-    )?;
-    refuse(
-        "process.execCPUAffinity",
-        process.exec_cpu_affinity().is_some(),
-        "the host's CPUs are not the guest's",
-    )
+    scheduling::check(process).map_err(|(field, reason)| SpecError::invalid(field, reason))?;
+    let affinity = process.exec_cpu_affinity().as_ref();
+    let lists = affinity.map(|it| [it.initial(), it.cpu_affinity_final()]);
+    for list in lists.iter().flatten().copied().flatten() {
+        affinity::parse(list)
+            .map_err(|reason| SpecError::invalid("process.execCPUAffinity", reason))?;
+    }
+    let mut kinds = HashSet::new();
+    for limit in process.rlimits().iter().flatten() {
+        if !kinds.insert(limit.typ().to_string()) {
+            let reason = format!("{} twice", limit.typ());
+            return Err(SpecError::invalid("process.rlimits", reason));
+        }
+    }
+    Ok(())
 }
 
 fn check_mount(
     index: usize,
     mount: &Mount,
-    shared: &impl Fn(usize) -> bool,
+    spec: &Spec,
+    supplied: &Supplied,
 ) -> Result<(), SpecError> {
     let field = |name: &str| format!("mounts[{index}].{name}");
-    let has = |maps: &Option<Vec<_>>| maps.as_ref().is_some_and(|maps| !maps.is_empty());
-    let reason = "mounts with mapped identities are not applied";
-    refuse(&field("uidMappings"), has(mount.uid_mappings()), reason)?;
-    refuse(&field("gidMappings"), has(mount.gid_mappings()), reason)?;
     let mut components = mount.destination().components();
     if !components.any(|component| matches!(component, Component::Normal(_))) {
         return Err(SpecError::invalid(field("destination"), "the root itself"));
     }
-    MountOptions::parse(mount.options().as_deref().unwrap_or_default())
-        .map_err(|reason| SpecError::unsupported(field("options"), reason))?;
-    if is_bind(mount) && !shared(index) {
+    let options = mounts::options(mount);
+    if options.copy_up && mount.typ().as_deref() != Some("tmpfs") {
+        let reason = "tmpcopyup is for a tmpfs only";
+        return Err(SpecError::invalid(field("options"), reason));
+    }
+    check_mapped_mount(mount, &options, spec, field)?;
+    if is_bind(mount) && !options.remount && !supplied.shares.contains(&index) {
         let source = mount.source().as_deref().unwrap_or(Path::new(""));
         return Err(SpecError::unsupported(
             field("source"),
             format!("{} was not shared with the guest", source.display()),
         ));
     }
-    refuse_missing("mounts[].type", !is_bind(mount) && mount.typ().is_none())
+    let untyped = !is_bind(mount) && !options.remount && mount.typ().is_none();
+    refuse_missing("mounts[].type", untyped)
 }
 
-fn check_linux(linux: &Linux) -> Result<(), SpecError> {
-    namespaces(linux)?;
-    let has = |maps: &Option<Vec<_>>| maps.as_ref().is_some_and(|maps| !maps.is_empty());
-    let no_user = "user namespaces are not applied";
-    refuse("linux.uidMappings", has(linux.uid_mappings()), no_user)?;
-    refuse("linux.gidMappings", has(linux.gid_mappings()), no_user)?;
+/// A mount with mapped ids, by its own mappings or those of the container's user namespace.
+fn check_mapped_mount(
+    mount: &Mount,
+    options: &MountOptions,
+    spec: &Spec,
+    field: impl Fn(&str) -> String,
+) -> Result<(), SpecError> {
+    let (uids, gids) = (mount.uid_mappings(), mount.gid_mappings());
+    let own = listed(uids) || listed(gids);
+    if !own && options.idmap.is_none() {
+        return Ok(());
+    }
+    if !is_bind(mount) {
+        let reason = "only bind mounts can have mapped ids";
+        return Err(SpecError::invalid(field("options"), reason));
+    }
+    if own {
+        check_mappings(&field("uidMappings"), uids.as_deref())?;
+        return check_mappings(&field("gidMappings"), gids.as_deref());
+    }
+    if !namespaces::has(spec, LinuxNamespaceType::User) {
+        let reason = "idmap without mappings needs a user namespace";
+        return Err(SpecError::invalid(field("options"), reason));
+    }
+    Ok(())
+}
+
+/// What the kernel takes for a uid_map, user_namespaces(7).
+fn check_mappings(field: &str, mappings: Option<&[LinuxIdMapping]>) -> Result<(), SpecError> {
+    let mappings = mappings.unwrap_or_default();
+    if mappings.is_empty() {
+        return Err(SpecError::invalid(field, "no mappings"));
+    }
+    if mappings.len() > MAPPINGS_MAX {
+        let reason = format!("more than {MAPPINGS_MAX} mappings");
+        return Err(SpecError::invalid(field, reason));
+    }
+    for mapping in mappings {
+        let fits = |first: u32| first.checked_add(mapping.size()).is_some();
+        if mapping.size() == 0 || !fits(mapping.container_id()) || !fits(mapping.host_id()) {
+            let (inside, outside) = (mapping.container_id(), mapping.host_id());
+            let reason = format!("{} ids from {inside} to {outside}", mapping.size());
+            return Err(SpecError::invalid(field, reason));
+        }
+    }
+    Ok(())
+}
+
+fn check_linux(linux: &Linux, supplied: &Supplied) -> Result<(), SpecError> {
+    check_namespaces(linux, supplied)?;
     refuse(
         "linux.netDevices",
         linux
@@ -150,14 +204,6 @@ fn check_linux(linux: &Linux) -> Result<(), SpecError> {
             .as_ref()
             .is_some_and(|devices| !devices.is_empty()),
         "network devices of the host cannot be moved into the guest",
-    )?;
-    refuse(
-        "linux.timeOffsets",
-        linux
-            .time_offsets()
-            .as_ref()
-            .is_some_and(|offsets| !offsets.is_empty()),
-        "time namespaces are not applied",
     )?;
     refuse(
         "linux.mountLabel",
@@ -177,11 +223,14 @@ fn check_linux(linux: &Linux) -> Result<(), SpecError> {
         linux.memory_policy().is_some(),
         "the guest has one node",
     )?;
-    refuse(
-        "linux.personality",
-        linux.personality().is_some(),
-        "not applied",
-    )?;
+    if let Some(personality) = linux.personality() {
+        let flags = listed(personality.flags());
+        refuse(
+            "linux.personality.flags",
+            flags,
+            "the specification has none yet",
+        )?;
+    }
     if let Some(propagation) = linux.rootfs_propagation()
         && !matches!(
             propagation.as_str(),
@@ -219,30 +268,33 @@ fn check_linux(linux: &Linux) -> Result<(), SpecError> {
 }
 
 /// The guest is the container's host: its own namespaces are what the spec's namespaces are made
-/// from, and namespaces of the real host do not exist in it.
-fn namespaces(linux: &Linux) -> Result<(), SpecError> {
+/// from, and namespaces of the real host do not exist in it. One that is named by a path can only
+/// be another container's of the pod.
+fn check_namespaces(linux: &Linux, supplied: &Supplied) -> Result<(), SpecError> {
     let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    let mut kinds = HashSet::new();
     for namespace in namespaces {
-        let path = namespace
-            .path()
-            .as_deref()
-            .filter(|path| !path.as_os_str().is_empty());
-        match (namespace.typ(), path) {
-            (LinuxNamespaceType::User | LinuxNamespaceType::Time, _) => {
-                return Err(SpecError::unsupported(
-                    format!("linux.namespaces type {:?}", namespace.typ().to_string()),
-                    "not applied in the guest",
-                ));
-            }
-            // The network of the pod is the guest's business, whatever its name on the host.
-            (LinuxNamespaceType::Network, _) | (_, None) => {}
-            (kind, Some(path)) => {
-                return Err(SpecError::unsupported(
-                    format!("linux.namespaces type {:?} with path", kind.to_string()),
-                    format!("{} is a namespace of the host", path.display()),
-                ));
-            }
+        let kind = namespace.typ();
+        if !kinds.insert(kind) {
+            let reason = format!("{kind} twice");
+            return Err(SpecError::invalid("linux.namespaces", reason));
         }
+        // The network of the pod is the guest's business, whatever its name on the host.
+        let Some(path) = super::path_of(namespace).filter(|_| kind != LinuxNamespaceType::Network)
+        else {
+            continue;
+        };
+        let reason = match kind {
+            LinuxNamespaceType::Mount | LinuxNamespaceType::Cgroup => {
+                "containers of a pod cannot share it"
+            }
+            _ if supplied.namespaces.contains(&kind) => continue,
+            _ => "it is no namespace of another container in the pod",
+        };
+        return Err(SpecError::unsupported(
+            format!("linux.namespaces type {:?} with path", kind.to_string()),
+            format!("{}: {reason}", path.display()),
+        ));
     }
     let required = [
         (LinuxNamespaceType::Network, "host network namespace"),
@@ -252,11 +304,39 @@ fn namespaces(linux: &Linux) -> Result<(), SpecError> {
         (LinuxNamespaceType::Mount, "host mount namespace"),
     ];
     for (kind, name) in required {
-        if !namespaces.iter().any(|namespace| namespace.typ() == kind) {
+        if !kinds.contains(&kind) {
             return Err(SpecError::unsupported(
                 "linux.namespaces",
                 format!("{name} cannot be honoured in a microVM"),
             ));
+        }
+    }
+    let new = |kind| {
+        let mut all = namespaces.iter();
+        all.any(|namespace| namespace.typ() == kind && super::path_of(namespace).is_none())
+    };
+    let (uids, gids) = (linux.uid_mappings(), linux.gid_mappings());
+    if new(LinuxNamespaceType::User) || listed(uids) || listed(gids) {
+        if !kinds.contains(&LinuxNamespaceType::User) {
+            let reason = "mappings without a user namespace";
+            return Err(SpecError::invalid("linux.uidMappings", reason));
+        }
+        check_mappings("linux.uidMappings", uids.as_deref())?;
+        check_mappings("linux.gidMappings", gids.as_deref())?;
+    }
+    for clock in linux
+        .time_offsets()
+        .iter()
+        .flatten()
+        .map(|(clock, _)| clock)
+    {
+        if !new(LinuxNamespaceType::Time) {
+            let reason = "offsets without a new time namespace";
+            return Err(SpecError::invalid("linux.timeOffsets", reason));
+        }
+        if !["monotonic", "boottime"].contains(&clock.as_str()) {
+            let reason = format!("{clock:?} has no offset, see time_namespaces(7)");
+            return Err(SpecError::invalid("linux.timeOffsets", reason));
         }
     }
     Ok(())
@@ -296,6 +376,10 @@ fn seccomp(seccomp: &LinuxSeccomp) -> Result<(), SpecError> {
         seccomp.listener_metadata().is_some(),
         reason,
     )
+}
+
+fn listed<T>(list: &Option<Vec<T>>) -> bool {
+    list.as_ref().is_some_and(|list| !list.is_empty())
 }
 
 fn refuse(field: &str, present: bool, reason: &str) -> Result<(), SpecError> {

@@ -4,10 +4,10 @@
 mod checks;
 mod lossless;
 
-use std::path::Path;
+use std::{collections::HashSet, path::Path};
 
 use nix::sys::stat::SFlag;
-use oci_spec::runtime::{LinuxDeviceType, Process, Spec};
+use oci_spec::runtime::{LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Process, Spec};
 use serde::{Serialize, de::DeserializeOwned};
 use thiserror::Error;
 
@@ -71,12 +71,26 @@ impl SpecError {
     }
 }
 
-/// Reads and checks a container's `config.json`. `shared` tells whether the mount with that index
-/// has a share.
-pub fn read_spec(json: &[u8], shared: impl Fn(usize) -> bool) -> Result<Spec, SpecError> {
+/// What the host has for a spec besides its text.
+#[derive(Debug, Default)]
+pub struct Supplied {
+    /// The mounts, by index, that have a share.
+    pub shares: HashSet<usize>,
+    /// The kinds of namespaces that are another container's of the pod.
+    pub namespaces: HashSet<LinuxNamespaceType>,
+}
+
+/// Reads and checks a container's `config.json`.
+pub fn read_spec(json: &[u8], supplied: &Supplied) -> Result<Spec, SpecError> {
     let spec: Spec = read("spec", json)?;
-    checks::spec(&spec, shared)?;
+    checks::spec(&spec, supplied)?;
     Ok(spec)
+}
+
+/// Path of the existing namespace that is to be joined; none for a new one.
+pub fn path_of(namespace: &LinuxNamespace) -> Option<&Path> {
+    let path = namespace.path().as_deref();
+    path.filter(|path| !path.as_os_str().is_empty())
 }
 
 /// Reads and checks the `process` object of an exec.

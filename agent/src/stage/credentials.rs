@@ -5,7 +5,7 @@ use std::io;
 use caps::CapSet;
 use oci_spec::runtime::{Capability, Process};
 
-use super::StageError;
+use super::{StageError, users};
 
 /// `_LINUX_CAPABILITY_VERSION_3`, capget(2).
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
@@ -121,30 +121,70 @@ fn set(effective: u64, permitted: u64, inheritable: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Who a process runs as.
+#[derive(Debug)]
+pub struct User {
+    /// Number of the user.
+    pub uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+    umask: u32,
+}
+
+impl User {
+    /// The user of a process, by number or by its name in the files of this process's root. A name
+    /// brings its own groups, unless the spec has some.
+    pub fn of(process: &Process) -> Result<Self, StageError> {
+        let user = process.user();
+        let mut found = Self {
+            uid: user.uid(),
+            gid: user.gid(),
+            groups: user.additional_gids().clone().unwrap_or_default(),
+            // The spec's default is what a shell on a host has.
+            umask: user.umask().unwrap_or(0o022),
+        };
+        let name = user.username().as_deref().unwrap_or_default();
+        if name.is_empty() {
+            return Ok(found);
+        }
+        let failed = || StageError::system(format!("look up the user {name:?}"));
+        let unknown = || {
+            StageError::Invalid(format!(
+                "unable to find user {name}: no matching entries in passwd file"
+            ))
+        };
+        let entry = users::by_name(name).map_err(failed())?;
+        let entry = entry.ok_or_else(unknown)?;
+        (found.uid, found.gid) = (entry.uid, entry.gid);
+        if found.groups.is_empty() {
+            found.groups = users::groups_of(name).map_err(failed())?;
+        }
+        Ok(found)
+    }
+}
+
 /// Takes on the user, groups and umask of the process, and its bounding set while that is still
 /// allowed. Permitted capabilities stay until [`Capabilities::apply`].
-pub fn become_user(process: &Process, capabilities: &Capabilities) -> Result<(), StageError> {
+pub fn become_user(user: &User, capabilities: &Capabilities) -> Result<(), StageError> {
     capabilities.drop_bounding()?;
-    let user = process.user();
     nix::sys::prctl::set_keepcaps(true).map_err(StageError::system(
         "keep capabilities over the change of user",
     ))?;
-    let groups = user.additional_gids().as_deref().unwrap_or_default();
-    let groups: Vec<_> = groups
+    let groups: Vec<_> = user
+        .groups
         .iter()
         .map(|gid| nix::unistd::Gid::from_raw(*gid))
         .collect();
     nix::unistd::setgroups(&groups).map_err(StageError::system("set the additional groups"))?;
-    let gid = nix::unistd::Gid::from_raw(user.gid());
+    let gid = nix::unistd::Gid::from_raw(user.gid);
     nix::unistd::setresgid(gid, gid, gid)
-        .map_err(StageError::system(format!("become group {}", user.gid())))?;
-    let uid = nix::unistd::Uid::from_raw(user.uid());
+        .map_err(StageError::system(format!("become group {gid}")))?;
+    let uid = nix::unistd::Uid::from_raw(user.uid);
     nix::unistd::setresuid(uid, uid, uid)
-        .map_err(StageError::system(format!("become user {}", user.uid())))?;
+        .map_err(StageError::system(format!("become user {uid}")))?;
     nix::sys::prctl::set_keepcaps(false)
         .map_err(StageError::system("stop keeping capabilities"))?;
-    // The spec's default is what a shell on a host has.
-    let umask = rustix::fs::Mode::from_raw_mode(user.umask().unwrap_or(0o022) & 0o777);
+    let umask = rustix::fs::Mode::from_raw_mode(user.umask & 0o777);
     rustix::process::umask(umask);
     Ok(())
 }

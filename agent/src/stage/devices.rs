@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -15,7 +15,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{StageError, root::Root};
+use super::{StageError, mounts, protocol::IdMappings, root::Root};
 
 /// The devices that every container has: name, major, minor.
 const DEFAULT: [(&str, u32, u32); 6] = [
@@ -45,10 +45,8 @@ struct Node {
     owner: (u32, u32),
 }
 
-/// Makes the default devices, those of the spec, and the links.
-pub fn populate(root: &Root, spec: &Spec) -> Result<(), StageError> {
-    // Modes are meant as they are written.
-    let umask = rustix::process::umask(Mode::empty());
+/// The nodes that a container is to have: the default ones and those of the spec.
+fn nodes(spec: &Spec) -> Result<Vec<Node>, StageError> {
     let devices = spec
         .linux()
         .as_ref()
@@ -59,20 +57,51 @@ pub fn populate(root: &Root, spec: &Spec) -> Result<(), StageError> {
             .iter()
             .any(|device| device.path() == Path::new(path))
     };
-    for (path, major, minor) in DEFAULT {
-        if !named(path) {
-            let node = Node {
-                path: PathBuf::from(path),
-                kind: FileType::CharacterDevice,
-                permissions: 0o666,
-                device: makedev(major, minor),
-                owner: (0, 0),
-            };
-            make(root, &node)?;
-        }
+    let default = DEFAULT.into_iter().filter(|(path, ..)| !named(path));
+    let default = default.map(|(path, major, minor)| {
+        Ok(Node {
+            path: PathBuf::from(path),
+            kind: FileType::CharacterDevice,
+            permissions: 0o666,
+            device: makedev(major, minor),
+            owner: (0, 0),
+        })
+    });
+    default.chain(devices.iter().map(node_of)).collect()
+}
+
+/// Makes the nodes of a container with a user namespace, in which nobody may, in a file system of
+/// their own; each by its number in the list of nodes.
+pub fn prepare(spec: &Spec, users: &IdMappings) -> Result<OwnedFd, StageError> {
+    let umask = rustix::process::umask(Mode::empty());
+    let failed = || StageError::system("make a file system for devices");
+    let tree = mounts::device_directory().map_err(failed())?;
+    let directory = Root::new(tree.try_clone().map_err(failed())?);
+    for (number, mut node) in nodes(spec)?.into_iter().enumerate() {
+        let path = std::mem::replace(&mut node.path, PathBuf::from(number.to_string()));
+        let (uid, gid) = node.owner;
+        let (Some(uid), Some(gid)) = (users.user(uid), users.group(gid)) else {
+            return Err(StageError::Invalid(format!(
+                "device {}: its owner {uid}:{gid} is not in the user namespace",
+                path.display()
+            )));
+        };
+        node.owner = (uid, gid);
+        make(&directory, &node)?;
     }
-    for device in devices {
-        make(root, &node_of(device)?)?;
+    rustix::process::umask(umask);
+    Ok(tree)
+}
+
+/// Makes the default devices, those of the spec, and the links. What has been prepared is bound.
+pub fn populate(root: &Root, spec: &Spec, prepared: Option<&Root>) -> Result<(), StageError> {
+    // Modes are meant as they are written.
+    let umask = rustix::process::umask(Mode::empty());
+    for (number, node) in nodes(spec)?.iter().enumerate() {
+        match prepared {
+            Some(prepared) => bind(root, node, prepared, number)?,
+            None => make(root, node)?,
+        }
     }
     for (target, path) in LINKS {
         link(root, target, Path::new(path))
@@ -127,6 +156,17 @@ fn make(root: &Root, node: &Node) -> Result<(), StageError> {
         )?)
     };
     make().map_err(StageError::system(format!("make {}", node.path.display())))
+}
+
+/// Shows a prepared node at its place.
+fn bind(root: &Root, node: &Node, prepared: &Root, number: usize) -> Result<(), StageError> {
+    let bind = || -> io::Result<()> {
+        let source = prepared.handle(Path::new(&number.to_string()))?;
+        let target = root.make_file(&node.path)?;
+        let copy = mounts::clone_handle(source.as_fd(), false)?;
+        mounts::attach(copy.as_fd(), target.as_fd())
+    };
+    bind().map_err(StageError::system(format!("bind {}", node.path.display())))
 }
 
 fn link(root: &Root, target: &str, path: &Path) -> io::Result<()> {

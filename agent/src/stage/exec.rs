@@ -2,21 +2,17 @@
 
 use std::{
     convert::Infallible,
-    ffi::{CString, OsStr},
-    io::Read,
+    ffi::CString,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
 
 use nix::errno::Errno;
 use oci_spec::runtime::Process;
-use rustix::fs::{Access, AtFlags, FileType, OFlags};
+use rustix::fs::{Access, AtFlags, FileType};
 use thiserror::Error;
 
-use super::{StageError, root::Root};
-
-/// How much of `/etc/passwd` is looked through for a home directory.
-const PASSWD_MAX: u64 = 4 << 20;
+use super::{StageError, users};
 
 /// Why a command cannot be run. Scripts and Docker know these texts.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -60,11 +56,11 @@ pub struct Program {
 
 impl Program {
     /// Finds the command of a process as the present user in the present directory.
-    pub fn find(process: &Process) -> Result<Self, StageError> {
+    pub fn find(process: &Process, uid: u32) -> Result<Self, StageError> {
         let arguments = process.args().as_deref().unwrap_or_default();
         let name = arguments.first().map(String::as_str).unwrap_or_default();
         let given = process.env().as_deref().unwrap_or_default();
-        let environment = environment(given, || home(process.user().uid()));
+        let environment = environment(given, || users::home(uid));
         let path = look_up(name, value(&environment, "PATH").unwrap_or_default())?;
         let c_strings = |strings: &[String]| -> Result<Vec<CString>, StageError> {
             let strings = strings.iter().map(|string| CString::new(string.as_str()));
@@ -175,51 +171,11 @@ fn check(path: &Path) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Home directory of a user by the container's own `/etc/passwd`; `/` if that does not say.
-fn home(uid: u32) -> String {
-    let read = || -> std::io::Result<Vec<u8>> {
-        // Not blocking, as it might be a FIFO.
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let file = std::fs::File::from(Root::own()?.open(Path::new("/etc/passwd"), flags)?);
-        let mut text = Vec::new();
-        if file.metadata()?.is_file() {
-            file.take(PASSWD_MAX).read_to_end(&mut text)?;
-        }
-        Ok(text)
-    };
-    let passwd = read().unwrap_or_default();
-    home_in(&passwd, uid).unwrap_or_else(|| "/".to_owned())
-}
-
-/// Sixth field of the first line whose third is the user, see passwd(5).
-fn home_in(passwd: &[u8], uid: u32) -> Option<String> {
-    passwd.split(|byte| *byte == b'\n').find_map(|line| {
-        let mut fields = line.split(|byte| *byte == b':');
-        let number = std::str::from_utf8(fields.nth(2)?).ok()?;
-        let home = fields.nth(2)?;
-        if number.parse::<u32>().ok()? != uid || home.is_empty() {
-            return None;
-        }
-        OsStr::from_bytes(home).to_str().map(str::to_owned)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use std::{fs, os::unix::fs::PermissionsExt};
 
     use super::*;
-
-    #[test]
-    fn home_comes_from_passwd() {
-        let passwd =
-            b"root:x:0:0:root:/root:/bin/sh\nbad line\nu:x:1000:100::/home/u:/bin/sh\ne:x:5:5:::\n";
-        assert_eq!(home_in(passwd, 0).as_deref(), Some("/root"));
-        assert_eq!(home_in(passwd, 1000).as_deref(), Some("/home/u"));
-        assert_eq!(home_in(passwd, 5), None);
-        assert_eq!(home_in(passwd, 7), None);
-        assert_eq!(home_in(b"", 0), None);
-    }
 
     #[test]
     fn home_is_added_only_if_it_is_missing() {

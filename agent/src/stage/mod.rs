@@ -3,17 +3,23 @@
 //! The stage itself only makes the process and reports its pid. Everything else happens in the
 //! new process, which belongs to PID 1 (`CLONE_PARENT`) and ends in the container's execve.
 
+pub mod affinity;
 mod console;
+mod copy_up;
 mod credentials;
 mod devices;
 mod exec;
+mod mount_options;
 pub mod mounts;
-mod namespaces;
+pub mod namespaces;
+mod proc;
 pub mod protocol;
 mod root;
 mod rootfs;
+pub mod scheduling;
 mod seccomp;
 mod settings;
+mod users;
 
 use std::{
     io,
@@ -21,7 +27,7 @@ use std::{
     process::ExitCode,
 };
 
-use oci_spec::runtime::{LinuxNamespaceType, Process};
+use oci_spec::runtime::LinuxNamespaceType;
 use rustix::{
     fs::{Mode, OFlags},
     process::DumpableBehavior,
@@ -31,7 +37,8 @@ use thiserror::Error;
 use self::{
     exec::{ExecError, Program},
     namespaces::Cloned,
-    protocol::{Channel, CreateTask, FailureKind, Reply, Request, RequestFds, Task},
+    protocol::{Channel, CreateTask, FailureKind, Reply, Request, Task},
+    rootfs::Sources,
 };
 use crate::log;
 
@@ -118,93 +125,143 @@ fn serve(channel: &Channel) -> Result<(), StageError> {
     // Inherited by the new process. Here, because this /proc is the agent's; a container's may be
     // anything.
     settings::oom_score_adj(&request.process)?;
-    let flags = match (&request.task, &fds.init) {
-        (Task::Create(create), _) => namespaces::to_create(&create.spec),
+    // Neither can be had any more in a user namespace.
+    settings::raise_hard_limits(&request.process)?;
+    if let (Some(users), Some(streams)) = (&request.users, &fds.stdio) {
+        settings::own_streams(streams, users)?;
+    }
+    let (flags, place) = match (&request.task, &fds.init) {
+        (Task::Create(create), _) => {
+            let sources = Sources::open(create, request.users.as_ref())?;
+            let mut joined = 0;
+            for (namespace, flags) in fds.joined.iter().zip(&create.joined) {
+                namespaces::enter(namespace.as_fd(), *flags)?;
+                joined |= flags;
+            }
+            let flags = namespaces::to_create(&create.spec, joined);
+            (flags, Place::New(sources))
+        }
         (Task::Join, Some(init)) => {
-            namespaces::join(init.as_fd())?;
-            0
+            affinity::before_joining(&request.process)?;
+            let cgroup = namespaces::join(init.as_fd(), request.users.is_some())?;
+            (0, Place::Of(cgroup))
         }
         (Task::Join, None) => return Err(StageError::Invalid("no container to join".into())),
     };
-    match namespaces::spawn(flags, fds.cgroup.as_fd())? {
+    match namespaces::spawn(flags, fds.cgroup.as_fd(), request.users.as_ref())? {
         Cloned::Parent { pid, pidfd } => channel
             .reply(&Reply::Spawned { pid }, Some(pidfd.as_fd()))
             .map_err(StageError::system("report the new process")),
-        Cloned::Child => run(channel, request, fds),
+        Cloned::Child => run(channel, request, fds.stdio, place),
     }
 }
 
+/// Where the new process finds what is around it.
+enum Place {
+    /// In a new container, made from this.
+    New(Sources),
+    /// In a container with this cgroup namespace.
+    Of(OwnedFd),
+}
+
 /// The new process, up to its execve.
-fn run(channel: &Channel, request: Request, fds: RequestFds) -> Result<(), StageError> {
-    let Request {
-        task,
-        process,
-        seccomp,
-        terminal,
-    } = request;
-    drop(fds.cgroup);
-    if let Some(init) = fds.init {
-        namespaces::join_cgroup(init.as_fd())?;
+fn run(
+    channel: &Channel,
+    request: Request,
+    stdio: Option<[OwnedFd; 3]>,
+    place: Place,
+) -> Result<(), StageError> {
+    let process = &request.process;
+    match (&request.task, place) {
+        (Task::Create(create), Place::New(sources)) => {
+            // While the agent's user still owns this process's files in /proc.
+            if namespaces::has(&create.spec, LinuxNamespaceType::Time) {
+                namespaces::unshare_time(&create.spec)?;
+            }
+            begin(&request)?;
+            new_container(create, sources)?;
+        }
+        (Task::Join, Place::Of(cgroup)) => {
+            namespaces::join_cgroup(cgroup.as_fd())?;
+            begin(&request)?;
+        }
+        _ => return Err(StageError::Invalid("no place for the process".into())),
     }
-    rustix::process::setsid().map_err(StageError::system("start a session"))?;
-    settings::join_session_keyring()?;
-    if let Task::Create(create) = &task {
-        new_container(create)?;
-    }
-    match (terminal, fds.stdio) {
+    let user = credentials::User::of(process)?;
+    match (request.terminal, stdio) {
         (Some(size), _) => {
-            let bind_console = matches!(task, Task::Create(_));
-            let master = console::open(size, bind_console, process.user().uid())?;
+            let bind_console = matches!(request.task, Task::Create(_));
+            let master = console::open(size, bind_console, user.uid)?;
             channel
                 .reply(&Reply::Terminal, Some(master.as_fd()))
                 .map_err(StageError::system("hand over the terminal"))?;
         }
-        (None, Some(stdio)) => settings::stdio(stdio, process.user().uid())?,
+        (None, Some(stdio)) => settings::stdio(stdio, user.uid)?,
         (None, None) => return Err(StageError::Invalid("no streams".into())),
     }
-    if let Task::Create(create) = &task {
+    if let Task::Create(create) = &request.task {
         rootfs::finish(create)?;
     }
-    become_process(
-        channel,
-        &process,
-        seccomp.as_ref(),
-        matches!(task, Task::Create(_)),
-    )
+    become_process(channel, &request, &user)
+}
+
+/// What a process does before it looks at its container.
+fn begin(request: &Request) -> Result<(), StageError> {
+    if request.users.is_some() {
+        namespaces::become_root()?;
+    }
+    rustix::process::setsid().map_err(StageError::system("start a session"))?;
+    settings::join_session_keyring()
 }
 
 /// Everything that a container has besides its process.
-fn new_container(create: &CreateTask) -> Result<(), StageError> {
+fn new_container(create: &CreateTask, sources: Sources) -> Result<(), StageError> {
     if namespaces::has(&create.spec, LinuxNamespaceType::Cgroup) {
         namespaces::unshare_cgroup()?;
     }
-    settings::loopback_up()?;
+    let joined = |kind| {
+        create
+            .joined
+            .iter()
+            .any(|flags| flags & namespaces::flag(kind) != 0)
+    };
+    if !joined(LinuxNamespaceType::Network) {
+        settings::loopback_up()?;
+    }
     settings::names(&create.spec)?;
     settings::sysctls(&create.spec)?;
-    rootfs::enter(create)
+    rootfs::enter(create, sources)
 }
 
 /// Limits, identity, privileges, command: the last steps, in the order that each needs the
 /// privileges which the next takes away.
 fn become_process(
     channel: &Channel,
-    process: &Process,
-    seccomp: Option<&oci_spec::runtime::LinuxSeccomp>,
-    wait_for_start: bool,
+    request: &Request,
+    user: &credentials::User,
 ) -> Result<(), StageError> {
-    let filter = seccomp.map(seccomp::Filter::compile).transpose()?;
+    let process = &request.process;
+    let filter = request.seccomp.as_ref();
+    let filter = filter.map(seccomp::Filter::compile).transpose()?;
+    scheduling::apply(process)?;
+    if matches!(request.task, Task::Join) {
+        affinity::after_joining(process)?;
+    }
+    if let Some(personality) = &request.personality {
+        settings::personality(personality)?;
+    }
     settings::rlimits(process)?;
     let entered = exec::change_directory(process);
     let capabilities = credentials::Capabilities::of(process)?;
-    credentials::become_user(process, &capabilities)?;
+    credentials::become_user(user, &capabilities)?;
     // A directory that only the user may enter, or only root.
     entered.or_else(|_| exec::change_directory(process))?;
     // As the user, who may see other files than root does.
-    let program = Program::find(process)?;
+    let program = Program::find(process, user.uid)?;
     credentials::Capabilities::raise_permitted()?;
     settings::no_new_privileges(process)?;
     settings::default_signals()?;
-    if wait_for_start {
+    if matches!(request.task, Task::Create(_)) {
         channel
             .reply(&Reply::Ready, None)
             .map_err(StageError::system("report the container"))?;

@@ -3,192 +3,19 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
 use oci_spec::runtime::Mount;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
-    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags,
+    fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+    fspick, move_mount, open_tree,
 };
 
-use super::{StageError, root::Root};
-
-// include/uapi/linux/mount.h
-const ATTR_RDONLY: u64 = 0x01;
-const ATTR_NOSUID: u64 = 0x02;
-const ATTR_NODEV: u64 = 0x04;
-const ATTR_NOEXEC: u64 = 0x08;
-/// Field of the three ways to keep access times.
-const ATTR_ATIME: u64 = 0x70;
-const ATTR_RELATIME: u64 = 0x00;
-const ATTR_NOATIME: u64 = 0x10;
-const ATTR_STRICTATIME: u64 = 0x20;
-const ATTR_NODIRATIME: u64 = 0x80;
-const ATTR_NOSYMFOLLOW: u64 = 0x20_0000;
-
-/// Options that change a mount's attributes: name, bits to set, bits to clear.
-const ATTRIBUTES: [(&str, u64, u64); 16] = [
-    ("ro", ATTR_RDONLY, 0),
-    ("rw", 0, ATTR_RDONLY),
-    ("nosuid", ATTR_NOSUID, 0),
-    ("suid", 0, ATTR_NOSUID),
-    ("nodev", ATTR_NODEV, 0),
-    ("dev", 0, ATTR_NODEV),
-    ("noexec", ATTR_NOEXEC, 0),
-    ("exec", 0, ATTR_NOEXEC),
-    ("relatime", ATTR_RELATIME, ATTR_ATIME),
-    ("norelatime", ATTR_RELATIME, ATTR_ATIME),
-    ("noatime", ATTR_NOATIME, ATTR_ATIME),
-    ("atime", ATTR_RELATIME, ATTR_ATIME),
-    ("strictatime", ATTR_STRICTATIME, ATTR_ATIME),
-    ("nostrictatime", ATTR_RELATIME, ATTR_ATIME),
-    ("nodiratime", ATTR_NODIRATIME, 0),
-    ("diratime", 0, ATTR_NODIRATIME),
-];
-
-/// `struct mount_attr` of mount_setattr(2).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct Attributes {
-    set: u64,
-    clear: u64,
-    propagation: u64,
-    user_namespace: u64,
-}
-
-impl Attributes {
-    /// Only the change to read-only.
-    pub const READ_ONLY: Self = Self {
-        set: ATTR_RDONLY,
-        clear: 0,
-        propagation: 0,
-        user_namespace: 0,
-    };
-
-    /// Only a change of propagation, as `MS_PRIVATE` and the like.
-    pub fn propagation(flag: libc::c_ulong) -> Self {
-        Self {
-            propagation: flag,
-            ..Self::default()
-        }
-    }
-
-    fn add(&mut self, set: u64, clear: u64) {
-        self.set = self.set & !clear | set;
-        self.clear = self.clear & !set | clear;
-        // An atime mode is always named whole: its field is cleared before it is set.
-        self.clear |= clear & ATTR_ATIME;
-    }
-
-    /// Applies the change to a mount, or with `recursive` also to all mounts below it.
-    pub fn apply(&self, mount: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
-        if *self == Self::default() {
-            return Ok(());
-        }
-        let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
-        // SAFETY: an open descriptor with an empty path, and a whole `struct mount_attr`.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_mount_setattr,
-                mount.as_raw_fd(),
-                c"".as_ptr(),
-                libc::AT_EMPTY_PATH | recursive,
-                &raw const *self,
-                size_of::<Self>(),
-            )
-        };
-        if result < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
-    }
-}
-
-/// A mount's options, sorted by who takes them.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct MountOptions {
-    /// A bind mount; with `Some(true)` of everything below the source as well.
-    pub bind: Option<bool>,
-    /// For the mount itself.
-    pub attributes: Attributes,
-    /// For the mount and all below it (`rro` and the like).
-    pub recursive: Attributes,
-    /// Propagation, one after the other, and whether it is recursive.
-    pub propagation: Vec<(Attributes, bool)>,
-    /// For the file system: flags, or keys with values.
-    pub data: Vec<(String, Option<String>)>,
-}
-
-impl MountOptions {
-    /// Sorts the options of a spec's mount.
-    ///
-    /// # Errors
-    ///
-    /// Why an option cannot be applied.
-    pub fn parse(options: &[String]) -> Result<Self, String> {
-        let mut parsed = Self::default();
-        for option in options {
-            parsed.add(option)?;
-        }
-        Ok(parsed)
-    }
-
-    fn add(&mut self, option: &str) -> Result<(), String> {
-        let attribute = |name: &str| {
-            let found = ATTRIBUTES.iter().find(|(known, ..)| *known == name);
-            found.map(|(_, set, clear)| (*set, *clear))
-        };
-        if let Some((set, clear)) = attribute(option) {
-            self.attributes.add(set, clear);
-            return Ok(());
-        }
-        if let Some(propagation) = propagation(option) {
-            self.propagation.push(propagation);
-            return Ok(());
-        }
-        if let Some((set, clear)) = option.strip_prefix('r').and_then(attribute) {
-            self.recursive.add(set, clear);
-            return Ok(());
-        }
-        match option {
-            "bind" => self.bind = Some(self.bind.unwrap_or(false)),
-            "rbind" => self.bind = Some(true),
-            "nosymfollow" => self.attributes.add(ATTR_NOSYMFOLLOW, 0),
-            "symfollow" => self.attributes.add(0, ATTR_NOSYMFOLLOW),
-            "defaults" | "async" | "loud" | "silent" | "nomand" | "" => {}
-            "idmap" | "ridmap" | "tmpcopyup" | "remount" | "mand" | "iversion" => {
-                return Err(format!("{option:?} is not applied"));
-            }
-            _ => self.data.push(match option.split_once('=') {
-                Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
-                None => (option.to_owned(), None),
-            }),
-        }
-        Ok(())
-    }
-}
-
-/// `private`, `rslave` and the like.
-pub fn propagation(option: &str) -> Option<(Attributes, bool)> {
-    let flag = |name: &str| match name {
-        "private" => Some(libc::MS_PRIVATE),
-        "slave" => Some(libc::MS_SLAVE),
-        "shared" => Some(libc::MS_SHARED),
-        "unbindable" => Some(libc::MS_UNBINDABLE),
-        _ => None,
-    };
-    let plain = flag(option).map(|flag| (flag, false));
-    let recursive = || {
-        option
-            .strip_prefix('r')
-            .and_then(flag)
-            .map(|flag| (flag, true))
-    };
-    let found = plain.or_else(recursive);
-    found.map(|(flag, recursive)| (Attributes::propagation(flag), recursive))
-}
+pub use super::mount_options::{Attributes, MountOptions, propagation};
+use super::{StageError, copy_up::copy_up, namespaces, proc, protocol::IdMappings, root::Root};
 
 /// Whether a mount takes its files from somewhere else instead of making a file system.
 pub fn is_bind(mount: &Mount) -> bool {
@@ -199,36 +26,88 @@ pub fn is_bind(mount: &Mount) -> bool {
             .any(|option| option == "bind" || option == "rbind")
 }
 
-/// Makes one mount of the spec inside the root. `source` is where the guest sees the source of a
-/// bind mount.
-pub fn make(root: &Root, mount: &Mount, source: Option<&Path>) -> Result<(), StageError> {
+/// Whether a bind mount brings the mounts below its source.
+pub fn is_recursive(mount: &Mount) -> bool {
+    options(mount).bind.unwrap_or(false)
+}
+
+/// The options of a mount, sorted.
+pub fn options(mount: &Mount) -> MountOptions {
+    MountOptions::parse(mount.options().as_deref().unwrap_or_default())
+}
+
+/// Maps the ids of a bind mount as it asks for: by mappings of its own, or else those of the
+/// container's user namespace.
+pub fn map_ids(
+    tree: &OwnedFd,
+    mount: &Mount,
+    users: Option<&IdMappings>,
+) -> Result<(), StageError> {
+    let idmap = options(mount).idmap;
+    let own = own_ids(mount);
+    let Some(ids) = own.as_ref().or(users.filter(|_| idmap.is_some())) else {
+        return Ok(());
+    };
+    let namespace = namespaces::user_namespace(ids)?;
+    Attributes::ids(namespace.as_fd())
+        .apply(tree.as_fd(), idmap == Some(true))
+        .map_err(StageError::system(format!(
+            "map the ids of the mount at {}",
+            mount.destination().display()
+        )))
+}
+
+/// The mappings of a mount itself.
+pub fn own_ids(mount: &Mount) -> Option<IdMappings> {
+    let (uids, gids) = (
+        mount.uid_mappings().as_ref()?,
+        mount.gid_mappings().as_ref()?,
+    );
+    Some(IdMappings {
+        uids: uids.clone(),
+        gids: gids.clone(),
+    })
+}
+
+/// Makes one mount of the spec inside the root. `source` is the detached tree of a bind mount.
+pub fn make(root: &Root, mount: &Mount, source: Option<OwnedFd>) -> Result<(), StageError> {
     let destination = mount.destination();
     let failed = |what: &str| StageError::system(format!("{what} {}", destination.display()));
-    let options = MountOptions::parse(mount.options().as_deref().unwrap_or_default())
-        .map_err(StageError::Invalid)?;
+    let options = options(mount);
+    if options.remount {
+        return change(root, mount, &options).map_err(failed("remount"));
+    }
     let (tree, target) = if is_bind(mount) {
-        let source = source.ok_or_else(|| {
+        let tree = source.ok_or_else(|| {
             StageError::Invalid(format!("no source to bind at {}", destination.display()))
         })?;
-        let tree = clone_path(source, options.bind.unwrap_or(false))
-            .map_err(StageError::system(format!("clone {}", source.display())))?;
         let target = if is_directory(&tree).map_err(failed("look at the source for"))? {
             root.make_directory(destination)
         } else {
             root.make_file(destination)
         };
-        (tree, target)
+        (tree, target.map_err(failed("make the mount point"))?)
     } else {
         let kind = mount.typ().as_deref().unwrap_or_default();
+        let target = root.make_directory(destination);
+        let target = target.map_err(failed("make the mount point"))?;
         let tree = new_file_system(kind, mount.source().as_deref(), &options).map_err(
             StageError::system(format!(
                 "make a {kind} file system for {}",
                 destination.display()
             )),
         )?;
-        (tree, root.make_directory(destination))
+        if options.copy_up {
+            copy_up(target.as_fd(), tree.as_fd()).map_err(failed("copy up"))?;
+        }
+        (tree, target)
     };
-    let target = target.map_err(failed("make the mount point"))?;
+    if let Some(reason) = proc::refusal(&tree, &target).map_err(failed("look at"))? {
+        return Err(StageError::Invalid(format!(
+            "{} cannot be mounted: {reason}",
+            destination.display()
+        )));
+    }
     options
         .attributes
         .apply(tree.as_fd(), false)
@@ -247,6 +126,19 @@ pub fn make(root: &Root, mount: &Mount, source: Option<&Path>) -> Result<(), Sta
     Ok(())
 }
 
+/// Changes a mount that an earlier one of the spec has made.
+fn change(root: &Root, mount: &Mount, options: &MountOptions) -> io::Result<()> {
+    let handle = root.handle(mount.destination())?;
+    if !is_bind(mount) && !options.data.is_empty() {
+        let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+        let context = fspick(&handle, "", flags)?;
+        configure(context.as_fd(), options)?;
+        fsconfig_reconfigure(context.as_fd())?;
+    }
+    options.attributes.apply(handle.as_fd(), false)?;
+    options.recursive.apply(handle.as_fd(), true)
+}
+
 /// A detached mount of a new instance of a file system.
 fn new_file_system(
     kind: &str,
@@ -259,20 +151,10 @@ fn new_file_system(
     // Without a source the kernel would call it "none".
     let source = source.unwrap_or(Path::new(""));
     fsconfig_set_string(context.as_fd(), "source", source)?;
-    for (key, value) in &options.data {
-        let set = match value {
-            Some(value) => fsconfig_set_string(context.as_fd(), key.as_str(), value.as_str()),
-            None => fsconfig_set_flag(context.as_fd(), key.as_str()),
-        };
-        set.map_err(|error| {
-            io::Error::new(
-                io::Error::from(error).kind(),
-                format!("option {key:?}: {error}"),
-            )
-        })?;
-    }
+    configure(context.as_fd(), options)?;
     // As mount(2) with MS_RDONLY does: the file system itself is read-only, not just this mount.
-    if options.attributes.set & ATTR_RDONLY != 0 {
+    // What is copied up must be written first.
+    if options.attributes.is_read_only() && !options.copy_up {
         fsconfig_set_flag(context.as_fd(), "ro")?;
     }
     fsconfig_create(context.as_fd())?;
@@ -282,6 +164,22 @@ fn new_file_system(
         FsMountFlags::FSMOUNT_CLOEXEC,
         none,
     )?)
+}
+
+fn configure(context: BorrowedFd<'_>, options: &MountOptions) -> io::Result<()> {
+    for (key, value) in &options.data {
+        let set = match value {
+            Some(value) => fsconfig_set_string(context, key.as_str(), value.as_str()),
+            None => fsconfig_set_flag(context, key.as_str()),
+        };
+        set.map_err(|error| {
+            io::Error::new(
+                io::Error::from(error).kind(),
+                format!("option {key:?}: {error}"),
+            )
+        })?;
+    }
+    Ok(())
 }
 
 /// A detached copy of the mount at a path of the guest.
@@ -310,6 +208,14 @@ pub fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
     Ok(move_mount(mount, "", target, "", flags)?)
 }
 
+/// A file system for device nodes.
+pub fn device_directory() -> io::Result<OwnedFd> {
+    let options = MountOptions::parse(&["nosuid".into(), "noexec".into(), "mode=755".into()]);
+    let directory = new_file_system("tmpfs", Some(Path::new("tmpfs")), &options)?;
+    options.attributes.apply(directory.as_fd(), false)?;
+    Ok(directory)
+}
+
 /// An empty read-only directory, for masking one.
 pub fn empty_directory() -> io::Result<OwnedFd> {
     let options = MountOptions {
@@ -324,66 +230,4 @@ pub fn empty_directory() -> io::Result<OwnedFd> {
 fn is_directory(handle: &OwnedFd) -> io::Result<bool> {
     let mode = rustix::fs::fstat(handle)?.st_mode;
     Ok(rustix::fs::FileType::from_raw_mode(mode).is_dir())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(options: &[&str]) -> Result<MountOptions, String> {
-        let options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
-        MountOptions::parse(&options)
-    }
-
-    #[test]
-    fn options_go_where_they_belong() {
-        let parsed = parse(&[
-            "nosuid",
-            "strictatime",
-            "mode=755",
-            "size=65536k",
-            "newinstance",
-        ]);
-        let parsed = parsed.unwrap();
-        assert_eq!(parsed.attributes.set, ATTR_NOSUID | ATTR_STRICTATIME);
-        assert_eq!(parsed.attributes.clear, ATTR_ATIME);
-        assert_eq!(
-            parsed.data,
-            [
-                ("mode".into(), Some("755".into())),
-                ("size".into(), Some("65536k".into())),
-                ("newinstance".into(), None),
-            ]
-        );
-    }
-
-    #[test]
-    fn recursive_forms_are_told_apart() {
-        let parsed = parse(&["rbind", "rro", "rprivate", "relatime"]).unwrap();
-        assert_eq!(parsed.bind, Some(true));
-        assert_eq!(parsed.recursive, Attributes::READ_ONLY);
-        assert_eq!(
-            parsed.propagation,
-            [(Attributes::propagation(libc::MS_PRIVATE), true)]
-        );
-        assert_eq!(parsed.attributes.clear, ATTR_ATIME);
-        assert_eq!(
-            parse(&["bind", "ro"]).unwrap().attributes,
-            Attributes::READ_ONLY
-        );
-    }
-
-    #[test]
-    fn the_last_of_opposite_options_counts() {
-        let parsed = parse(&["ro", "rw", "noatime", "relatime"]).unwrap();
-        assert_eq!(parsed.attributes.set, 0);
-        assert_eq!(parsed.attributes.clear, ATTR_RDONLY | ATTR_ATIME);
-    }
-
-    #[test]
-    fn what_is_not_applied_is_refused() {
-        for option in ["idmap", "tmpcopyup", "remount"] {
-            assert!(parse(&[option]).is_err(), "{option}");
-        }
-    }
 }

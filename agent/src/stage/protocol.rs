@@ -14,7 +14,7 @@ use std::{
 use nix::sys::socket::{
     ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socketpair,
 };
-use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{LinuxIdMapping, LinuxPersonality, LinuxSeccomp, Process, Spec};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 const REPLY_MAX: usize = 16 * 1024;
 
 /// Most descriptors that come with one packet.
-const FDS_MAX: usize = 8;
+const FDS_MAX: usize = 16;
 
 /// What a stage is to do.
 #[derive(Debug, Serialize, Deserialize)]
@@ -33,6 +33,10 @@ pub struct Request {
     pub process: Process,
     /// The container's filter.
     pub seccomp: Option<LinuxSeccomp>,
+    /// The container's execution domain.
+    pub personality: Option<LinuxPersonality>,
+    /// Ids of the container's user namespace, if it has one.
+    pub users: Option<IdMappings>,
     /// Columns and rows, if the process gets a terminal.
     pub terminal: Option<(u16, u16)>,
 }
@@ -55,6 +59,40 @@ pub struct CreateTask {
     pub rootfs: PathBuf,
     /// Where the guest sees the sources of its bind mounts, by index in the spec.
     pub binds: HashMap<usize, PathBuf>,
+    /// What the descriptors in [`RequestFds::joined`] are of: flags of setns(2).
+    pub joined: Vec<NamespaceFlags>,
+}
+
+/// `CLONE_NEW*` flags, as bits.
+pub type NamespaceFlags = u32;
+
+/// How the ids of a user namespace are found outside it, user_namespaces(7).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct IdMappings {
+    /// Of users.
+    pub uids: Vec<LinuxIdMapping>,
+    /// Of groups.
+    pub gids: Vec<LinuxIdMapping>,
+}
+
+impl IdMappings {
+    /// The id outside for a user inside.
+    pub fn user(&self, id: u32) -> Option<u32> {
+        outside(&self.uids, id)
+    }
+
+    /// The id outside for a group inside.
+    pub fn group(&self, id: u32) -> Option<u32> {
+        outside(&self.gids, id)
+    }
+}
+
+fn outside(ranges: &[LinuxIdMapping], id: u32) -> Option<u32> {
+    let mut found = ranges.iter().filter_map(|range| {
+        let offset = id.checked_sub(range.container_id())?;
+        (offset < range.size()).then(|| range.host_id().checked_add(offset))?
+    });
+    found.next()
 }
 
 /// Descriptors that go with a request, in this order.
@@ -66,6 +104,8 @@ pub struct RequestFds {
     pub stdio: Option<[OwnedFd; 3]>,
     /// pidfd of the container's own process, for [`Task::Join`].
     pub init: Option<OwnedFd>,
+    /// Existing namespaces for a new container, or pidfds of processes that are in them.
+    pub joined: Vec<OwnedFd>,
 }
 
 /// Packet that lets a created container's process execve.
@@ -143,6 +183,7 @@ impl Channel {
         let mut all = vec![file.as_fd(), fds.cgroup.as_fd()];
         all.extend(fds.init.iter().map(AsFd::as_fd));
         all.extend(fds.stdio.iter().flatten().map(AsFd::as_fd));
+        all.extend(fds.joined.iter().map(AsFd::as_fd));
         self.send(b"request", &all)
     }
 
@@ -178,6 +219,7 @@ impl Channel {
                 cgroup,
                 stdio,
                 init,
+                joined: fds.collect(),
             },
         ))
     }
@@ -265,17 +307,37 @@ mod tests {
             task: Task::Join,
             process: Process::default(),
             seccomp: None,
+            personality: None,
+            users: None,
             terminal: None,
         };
         let fds = RequestFds {
             cgroup: null(),
             stdio: Some([null(), null(), null()]),
             init: Some(null()),
+            joined: vec![null(), null()],
         };
         agent.send_request(&request, &fds).unwrap();
         let (received, fds) = stage.receive_request().unwrap();
         assert_eq!(received.process, request.process);
         assert!(fds.init.is_some() && fds.stdio.is_some());
+        assert_eq!(fds.joined.len(), 2);
+    }
+
+    #[test]
+    fn ids_are_found_outside() {
+        let range = |json| serde_json::from_value::<Vec<LinuxIdMapping>>(json).unwrap();
+        let mappings = IdMappings {
+            uids: range(serde_json::json!([
+                {"containerID": 0, "hostID": 1000, "size": 10},
+                {"containerID": 20, "hostID": 4_294_967_290u32, "size": 100},
+            ])),
+            gids: vec![],
+        };
+        assert_eq!(mappings.user(9), Some(1009));
+        assert_eq!(mappings.user(10), None);
+        assert_eq!(mappings.user(20), Some(4_294_967_290));
+        assert_eq!(mappings.user(30), None, "no such id");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The container's root file system: its mounts, and the change into it.
 
 use std::{
+    collections::HashMap,
     io,
     os::fd::{AsFd, OwnedFd},
     path::Path,
@@ -17,21 +18,72 @@ use super::{
     StageError, devices,
     mounts::{self, Attributes},
     open_guest,
-    protocol::CreateTask,
+    protocol::{CreateTask, IdMappings},
     root::Root,
 };
 use crate::spec::has_bound_dev;
 
+/// Where the root file system is mounted until it is the root. Any directory of the guest will do:
+/// all that is taken from the guest is in [`Sources`] by then.
+const STAGING: &str = "/run";
+
+/// Where prepared devices are mounted meanwhile: a detached file system has nothing to bind.
+const DEVICES: &str = "/tmp";
+
+/// What comes from outside the container. Taken by the stage, because the new process may have
+/// no rights outside its user namespace.
+#[derive(Debug)]
+pub struct Sources {
+    root: OwnedFd,
+    /// Detached mounts for the spec's bind mounts, by index.
+    binds: HashMap<usize, OwnedFd>,
+    /// A file system of device nodes, where the new process cannot make them.
+    devices: Option<OwnedFd>,
+}
+
+impl Sources {
+    /// Takes everything. `users` are the ids of the container's user namespace.
+    pub fn open(create: &CreateTask, users: Option<&IdMappings>) -> Result<Self, StageError> {
+        let failed = |path: &Path| StageError::system(format!("clone {}", path.display()));
+        let root = mounts::clone_path(&create.rootfs, true).map_err(failed(&create.rootfs))?;
+        let mut binds = HashMap::new();
+        for (index, mount) in create.spec.mounts().iter().flatten().enumerate() {
+            if let Some(path) = create.binds.get(&index) {
+                let recursive = mounts::is_recursive(mount);
+                let tree = mounts::clone_path(path, recursive).map_err(failed(path))?;
+                mounts::map_ids(&tree, mount, users)?;
+                binds.insert(index, tree);
+            }
+        }
+        let devices = match users {
+            Some(users) if !has_bound_dev(&create.spec) => {
+                Some(devices::prepare(&create.spec, users)?)
+            }
+            _ => None,
+        };
+        Ok(Self {
+            root,
+            binds,
+            devices,
+        })
+    }
+}
+
 /// Builds the root file system and makes it this process's root. The mount namespace is new.
-pub fn enter(create: &CreateTask) -> Result<(), StageError> {
+pub fn enter(create: &CreateTask, mut sources: Sources) -> Result<(), StageError> {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", private).map_err(StageError::system("make all mounts private"))?;
-    let root = attach_root(&create.rootfs)?;
+    attach(&sources.root, STAGING)?;
+    let root = Root::new(sources.root);
     for (index, mount) in create.spec.mounts().iter().flatten().enumerate() {
-        mounts::make(&root, mount, create.binds.get(&index).map(AsRef::as_ref))?;
+        mounts::make(&root, mount, sources.binds.remove(&index))?;
     }
     if !has_bound_dev(&create.spec) {
-        devices::populate(&root, &create.spec)?;
+        if let Some(devices) = &sources.devices {
+            attach(devices, DEVICES)?;
+        }
+        let prepared = sources.devices.map(Root::new);
+        devices::populate(&root, &create.spec, prepared.as_ref())?;
     }
     if let Some(process) = create.spec.process() {
         root.make_directory(process.cwd())
@@ -43,14 +95,11 @@ pub fn enter(create: &CreateTask) -> Result<(), StageError> {
     pivot(&root)
 }
 
-/// Mounts the shared directory onto itself: a mount of its own that can become the root.
-fn attach_root(rootfs: &Path) -> Result<Root, StageError> {
-    let failed = |what: &str| StageError::system(format!("{what} {}", rootfs.display()));
-    let tree = mounts::clone_path(rootfs, true).map_err(failed("clone the root file system"))?;
-    let path = rootfs.to_str().unwrap_or_default();
-    let target = open_guest(path, OFlags::PATH | OFlags::DIRECTORY)?;
-    mounts::attach(tree.as_fd(), target.as_fd()).map_err(failed("mount the root file system"))?;
-    Ok(Root::new(tree))
+/// Mounts a detached tree for the time until this process has its own root.
+fn attach(tree: &OwnedFd, at: &str) -> Result<(), StageError> {
+    let target = open_guest(at, OFlags::PATH | OFlags::DIRECTORY)?;
+    mounts::attach(tree.as_fd(), target.as_fd())
+        .map_err(StageError::system(format!("mount onto the guest's {at}")))
 }
 
 fn pivot(root: &Root) -> Result<(), StageError> {

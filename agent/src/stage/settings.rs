@@ -3,12 +3,14 @@
 use std::{fs, io, os::fd::OwnedFd};
 
 use nix::sys::{
-    resource::{Resource, setrlimit},
+    personality::Persona,
+    resource::{Resource, getrlimit, setrlimit},
     signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
 };
-use oci_spec::runtime::{PosixRlimitType, Process, Spec};
+use oci_spec::runtime::{LinuxPersonality, LinuxPersonalityDomain, PosixRlimitType, Process, Spec};
+use rustix::fs::{FileType, Gid, Uid};
 
-use super::{FIRST_OWN_FD, StageError};
+use super::{FIRST_OWN_FD, StageError, protocol::IdMappings};
 
 /// `KEYCTL_JOIN_SESSION_KEYRING`, keyctl(2).
 const JOIN_SESSION_KEYRING: libc::c_int = 1;
@@ -73,22 +75,63 @@ pub fn oom_score_adj(process: &Process) -> Result<(), StageError> {
     }
 }
 
+/// Gives the pipes that the agent sent to root of a user namespace, which can give them on.
+pub fn own_streams(streams: &[OwnedFd; 3], users: &IdMappings) -> Result<(), StageError> {
+    // A container's root need not be there; then nothing in it can be.
+    let owner = (users.user(0), users.group(0));
+    let (Some(uid), Some(gid)) = owner else {
+        return Ok(());
+    };
+    for stream in streams.iter().filter(|stream| is_pipe(stream)) {
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+        rustix::fs::fchown(stream, Some(uid), Some(gid))
+            .map_err(StageError::system("give a stream to the user namespace"))?;
+    }
+    Ok(())
+}
+
+fn is_pipe(stream: &OwnedFd) -> bool {
+    rustix::fs::fstat(stream).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode).is_fifo())
+}
+
 /// Makes the pipes that the agent sent the process's streams.
 pub fn stdio(streams: [OwnedFd; 3], uid: u32) -> Result<(), StageError> {
-    for stream in &streams {
+    for stream in streams.iter().filter(|stream| is_pipe(stream)) {
         // So that the process may open /dev/stdout and the like again.
-        let keep_group: Option<rustix::fs::Gid> = None;
-        let kind = rustix::fs::fstat(stream).map(|stat| stat.st_mode);
-        let kind = kind.map(rustix::fs::FileType::from_raw_mode);
-        if kind.is_ok_and(rustix::fs::FileType::is_fifo) {
-            rustix::fs::fchown(stream, Some(rustix::fs::Uid::from_raw(uid)), keep_group)
-                .map_err(StageError::system("give a stream to the user"))?;
-        }
+        let keep_group: Option<Gid> = None;
+        rustix::fs::fchown(stream, Some(Uid::from_raw(uid)), keep_group)
+            .map_err(StageError::system("give a stream to the user"))?;
     }
     let [input, output, error] = streams;
     rustix::stdio::dup2_stdin(input).map_err(StageError::system("connect stdin"))?;
     rustix::stdio::dup2_stdout(output).map_err(StageError::system("connect stdout"))?;
     rustix::stdio::dup2_stderr(error).map_err(StageError::system("connect stderr"))
+}
+
+/// Raises hard limits to what the process is to have, as far as that is a raise: later, in a user
+/// namespace, nobody may.
+pub fn raise_hard_limits(process: &Process) -> Result<(), StageError> {
+    for limit in process.rlimits().iter().flatten() {
+        let kind = resource(limit.typ());
+        let raised = getrlimit(kind).and_then(|(soft, hard)| match limit.hard() > hard {
+            true => setrlimit(kind, soft, limit.hard()),
+            false => Ok(()),
+        });
+        raised.map_err(StageError::system(format!("raise {:?}", limit.typ())))?;
+    }
+    Ok(())
+}
+
+/// The execution domain, personality(2).
+pub fn personality(personality: &LinuxPersonality) -> Result<(), StageError> {
+    // include/uapi/linux/personality.h
+    let domain = match personality.domain() {
+        LinuxPersonalityDomain::PerLinux => 0x0000,
+        LinuxPersonalityDomain::PerLinux32 => 0x0008,
+    };
+    let set = nix::sys::personality::set(Persona::from_bits_retain(domain));
+    set.map(drop)
+        .map_err(StageError::system("set the personality"))
 }
 
 /// Resource limits.

@@ -16,9 +16,7 @@ use std::{
 
 use bulkhead_agent_api::{
     AGENT_PORT, STREAM_PORT, TOKEN_LEN,
-    messages::{
-        ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest, SharedMount, Stdio,
-    },
+    messages::{ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest, Stdio},
     service::AgentClient,
 };
 use protobuf::MessageField;
@@ -101,23 +99,24 @@ impl Host {
 
     /// Creates a container with streams, and returns their ends.
     pub async fn create(&self, id: &str, spec: &Value) -> ttrpc::Result<Ends> {
-        self.create_with(id, spec, Vec::new()).await
+        self.create_with(id, spec, CreateContainerRequest::default())
+            .await
     }
 
+    /// Creates a container with what else is in `request`.
     pub async fn create_with(
         &self,
         id: &str,
         spec: &Value,
-        shared_mounts: Vec<SharedMount>,
+        request: CreateContainerRequest,
     ) -> ttrpc::Result<Ends> {
         let (stdio, ends) = self.streams(spec["process"]["terminal"] == json!(true));
         let request = CreateContainerRequest {
             container_id: id.to_owned(),
             spec: spec.to_string().into_bytes(),
             rootfs_share: "root".to_owned(),
-            shared_mounts,
             stdio: MessageField::some(stdio),
-            ..CreateContainerRequest::default()
+            ..request
         };
         self.client.create_container(deadline(), &request).await?;
         Ok(ends.connected().await)
@@ -183,7 +182,18 @@ impl Host {
 
     /// Runs a container to its end: status, stdout and stderr.
     pub async fn run(&self, id: &str, spec: &Value) -> (u32, String, String) {
-        let ends = self.create(id, spec).await.unwrap();
+        self.run_with(id, spec, CreateContainerRequest::default())
+            .await
+    }
+
+    /// The same with what else is in `request`.
+    pub async fn run_with(
+        &self,
+        id: &str,
+        spec: &Value,
+        request: CreateContainerRequest,
+    ) -> (u32, String, String) {
+        let ends = self.create_with(id, spec, request).await.unwrap();
         self.start_container(id).await.unwrap();
         let (stdout, stderr) = ends.output().await;
         let status = self.wait(id, "").await;

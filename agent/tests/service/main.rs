@@ -2,8 +2,12 @@
 //! static busybox.
 
 mod host;
+mod identity;
+mod namespaces;
 
-use bulkhead_agent_api::messages::{InfoRequest, SharedMount, SignalRequest};
+use bulkhead_agent_api::messages::{
+    CreateContainerRequest, InfoRequest, SharedMount, SignalRequest,
+};
 use serde_json::json;
 use ttrpc::Code;
 
@@ -355,7 +359,11 @@ async fn mounts_are_as_the_spec_says() {
         ..SharedMount::default()
     };
     let shares = vec![share(8, "volume"), share(9, "hosts")];
-    let ends = host.create_with("c1", &spec, shares).await.unwrap();
+    let request = CreateContainerRequest {
+        shared_mounts: shares,
+        ..CreateContainerRequest::default()
+    };
+    let ends = host.create_with("c1", &spec, request).await.unwrap();
     host.start_container("c1").await.unwrap();
     let (out, _) = ends.output().await;
     assert_eq!(out, "contentnamesro\nrw\nroot-ro\n1\n");
