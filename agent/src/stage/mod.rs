@@ -216,16 +216,9 @@ fn begin(request: &Request) -> Result<(), StageError> {
 
 /// Everything that a container has besides its process.
 fn new_container(create: &CreateTask, sources: Sources) -> Result<(), StageError> {
-    if namespaces::has(&create.spec, LinuxNamespaceType::Cgroup) {
-        namespaces::unshare_cgroup()?;
-    }
-    let joined = |kind| {
-        create
-            .joined
-            .iter()
-            .any(|flags| flags & namespaces::flag(kind) != 0)
-    };
-    if !joined(LinuxNamespaceType::Network) {
+    let joined = create.joined.iter().fold(0, |all, flags| all | flags);
+    namespaces::unshare(&create.spec, joined)?;
+    if joined & namespaces::flag(LinuxNamespaceType::Network) == 0 {
         settings::loopback_up()?;
     }
     settings::names(&create.spec)?;

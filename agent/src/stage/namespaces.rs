@@ -79,20 +79,36 @@ pub fn flag(kind: LinuxNamespaceType) -> NamespaceFlags {
     flag.cast_unsigned()
 }
 
-/// Flags for a new container that joins namespaces of the kinds in `joined`. Its cgroup namespace
-/// is made later, from inside the cgroup; so is its time namespace, which begins with the execve.
+/// Flags for the process of a new container that joins namespaces of the kinds in `joined`. The
+/// rest is made by [`unshare`].
 pub fn to_create(spec: &Spec, joined: NamespaceFlags) -> u64 {
     let kinds = [
         LinuxNamespaceType::User,
         LinuxNamespaceType::Pid,
         LinuxNamespaceType::Mount,
-        LinuxNamespaceType::Ipc,
         LinuxNamespaceType::Uts,
         LinuxNamespaceType::Network,
     ];
     let wanted = kinds.into_iter().filter(|kind| has(spec, *kind));
     let wanted = wanted.fold(0, |all, kind| all | flag(kind));
     u64::from(wanted & !joined)
+}
+
+/// The namespaces that the process of a new container makes for itself, as root of its user
+/// namespace: that of its cgroups from inside the cgroup, and that of message queues, whose
+/// directory belongs to who makes it.
+pub fn unshare(spec: &Spec, joined: NamespaceFlags) -> Result<(), StageError> {
+    let kinds = [
+        (LinuxNamespaceType::Cgroup, UnshareFlags::NEWCGROUP),
+        (LinuxNamespaceType::Ipc, UnshareFlags::NEWIPC),
+    ];
+    let wanted = kinds
+        .into_iter()
+        .filter(|(kind, _)| has(spec, *kind) && flag(*kind) & joined == 0);
+    let flags = wanted.fold(UnshareFlags::empty(), |all, (_, flag)| all | flag);
+    // SAFETY: new namespaces share no descriptors and no memory with anything.
+    unsafe { rustix::thread::unshare_unsafe(flags) }
+        .map_err(StageError::system("make the container's namespaces"))
 }
 
 /// Joins existing namespaces, for the child that follows.
@@ -138,13 +154,6 @@ pub fn join(init: BorrowedFd<'_>, has_users: bool) -> Result<OwnedFd, StageError
 pub fn join_cgroup(namespace: BorrowedFd<'_>) -> Result<(), StageError> {
     rustix::thread::move_into_thread_name_spaces(namespace, ThreadNameSpaceType::CONTROL_GROUP)
         .map_err(StageError::system("join the container's cgroup namespace"))
-}
-
-/// A cgroup namespace rooted at this process's cgroup.
-pub fn unshare_cgroup() -> Result<(), StageError> {
-    // SAFETY: a cgroup namespace of its own shares no descriptors and no memory with anything.
-    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWCGROUP) }
-        .map_err(StageError::system("make a cgroup namespace"))
 }
 
 /// A time namespace that begins with the execve, and how far its clocks are ahead,
