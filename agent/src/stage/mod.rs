@@ -14,10 +14,10 @@ pub mod mounts;
 pub mod namespaces;
 mod proc;
 pub mod protocol;
-mod root;
+pub mod root;
 mod rootfs;
 pub mod scheduling;
-mod seccomp;
+pub mod seccomp;
 mod settings;
 mod users;
 
