@@ -64,12 +64,17 @@ impl Run {
 
     /// Uses the Debian image with this program at [`PROBE`].
     pub fn probe(self) -> Result<Self> {
+        self.debian().with_probe()
+    }
+
+    /// Shows this program at [`PROBE`].
+    pub fn with_probe(self) -> Result<Self> {
         let own = std::env::current_exe()?;
         let source = own
             .to_str()
             .context("the path of this program is not UTF-8")?;
         let mount = format!("type=bind,src={source},dst={PROBE},options=bind:ro");
-        Ok(self.debian().flags(&["--mount", &mount]))
+        Ok(self.flags(&["--mount", &mount]))
     }
 
     /// Adds options of `ctr run`.

@@ -4,6 +4,7 @@ mod apps;
 mod basic;
 mod check;
 mod crash;
+mod escapes;
 mod failures;
 mod io;
 mod jail;
@@ -85,6 +86,7 @@ pub fn all() -> Vec<Case> {
         io::cases(),
         lifecycle::cases(),
         parity::cases(),
+        escapes::cases(),
         jail::cases(),
         neighbours::cases(),
         apps::cases(),

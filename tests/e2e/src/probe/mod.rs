@@ -3,6 +3,7 @@
 //! The tests start it under runc and under the runtime under test, and compare the reports.
 
 mod data;
+mod intruder;
 mod metadata;
 mod names;
 mod spec;
@@ -34,6 +35,15 @@ pub enum Probe {
     Stream {
         /// Bytes to each.
         length: u64,
+    },
+    /// Until its input ends, tries to get at processes that come into the container.
+    Watch,
+    /// Until its input ends, swaps two names in the current directory.
+    Swap {
+        /// A name.
+        one: PathBuf,
+        /// The other.
+        other: PathBuf,
     },
     /// Tries to lock a file as another process does.
     #[command(hide = true)]
@@ -68,6 +78,8 @@ pub fn run(probe: &Probe) -> Result<()> {
             Ok(())
         }
         Probe::Stream { length } => stream::write(*length),
+        Probe::Watch => print(&intruder::watch()?),
+        Probe::Swap { one, other } => intruder::swap(one, other),
         Probe::Lock { file } => data::lock_as_another(file),
         Probe::Access { file } => metadata::access_as_another(file),
         Probe::Overwrite { file } => data::overwrite_as_another(file),
