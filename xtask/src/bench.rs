@@ -19,12 +19,15 @@ const LIMIT: Duration = Duration::from_secs(20 * 60);
 pub enum BenchTask {
     /// Starting and removing one container, under runc and under Bulkhead.
     Start,
+    /// Creating and starting one more container in a pod that runs, under runc and under Bulkhead.
+    Create,
 }
 
 /// Runs a measurement; prints its table.
 pub fn run(task: BenchTask) -> Result<i32> {
     let name = match task {
         BenchTask::Start => "start",
+        BenchTask::Create => "create",
     };
     let built = build::build()?;
     let program = build::build_e2e()?;

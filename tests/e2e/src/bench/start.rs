@@ -1,31 +1,17 @@
-//! Measurements. Run in the metered lab, where the clock counts instructions, they are the same on
-//! every machine.
+//! The start of a container in a machine of its own.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
-use comfy_table::{CellAlignment, Table, presets};
+use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
+use super::{aligned, count, median, milliseconds, table};
 use crate::ctr::{BULKHEAD, RUNC, Run};
 use crate::host::{self, Pod};
 
-/// What to measure.
-#[derive(Debug, clap::Subcommand)]
-pub enum Bench {
-    /// The start of a container, under runc and under Bulkhead.
-    Start {
-        /// How many starts each median is of.
-        #[arg(long, default_value_t = 7)]
-        runs: usize,
-    },
-}
-
-/// Measures, prints a table, and as the last line everything as JSON.
-pub fn run(bench: &Bench) -> Result<()> {
-    let Bench::Start { runs } = *bench;
-    ensure!(runs > 0, "a median needs at least one run");
+/// Measures `runs` times, prints tables, and as the last line everything as JSON.
+pub fn run(runs: usize) -> Result<()> {
     let runc = starts(RUNC, runs)?;
     let bulkhead = starts(BULKHEAD, runs)?;
     let idle = (0..runs).map(|_| idle()).collect::<Result<Vec<_>>>()?;
@@ -180,56 +166,4 @@ fn print_memory(idle: &[Idle]) -> Map<String, Value> {
     );
     println!("{}", aligned(table));
     all
-}
-
-/// A count as a number to compute with.
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "nanoseconds and counts are far below 2^53"
-)]
-fn count(value: u64) -> f64 {
-    value as f64
-}
-
-/// The middle value, or the mean of the two middle ones.
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    if sorted.len() % 2 == 1 {
-        sorted[middle]
-    } else {
-        f64::midpoint(sorted[middle - 1], sorted[middle])
-    }
-}
-
-fn milliseconds(value: f64) -> String {
-    format!("{value:.1} ms")
-}
-
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table
-        .load_preset(presets::UTF8_BORDERS_ONLY)
-        .set_header(header);
-    table
-}
-
-/// Numbers to the right.
-fn aligned(mut table: Table) -> Table {
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_median_is_the_middle() {
-        assert!((median(&[3.0, 1.0, 2.0]) - 2.0).abs() < 1e-9);
-        assert!((median(&[4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < 1e-9);
-    }
 }
