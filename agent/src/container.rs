@@ -36,6 +36,8 @@ const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 pub struct Container {
     cgroup: Cgroup,
     seccomp: Option<LinuxSeccomp>,
+    /// Of its own process, and of an exec'd one that names none.
+    apparmor_profile: Option<String>,
     init: Arc<Process>,
     /// Present until the container is started.
     waiting: AsyncMutex<Option<StageChannel>>,
@@ -66,6 +68,8 @@ impl Container {
         }
         let process = spec.process().clone();
         let process = process.ok_or(SpecError::Missing { field: "process" })?;
+        guest.profiles.provide(&process, request.apparmor_policy)?;
+        let apparmor_profile = process.apparmor_profile().clone();
         let linux = spec.linux().as_ref();
         let resources = linux.and_then(|linux| linux.resources().as_ref());
         let seccomp = linux.and_then(|linux| linux.seccomp().clone());
@@ -89,6 +93,7 @@ impl Container {
             Ok((init, channel)) => Ok(Self {
                 cgroup,
                 seccomp,
+                apparmor_profile,
                 init: Arc::new(init),
                 waiting: AsyncMutex::new(Some(channel)),
                 execs: Mutex::default(),
@@ -132,7 +137,11 @@ impl Container {
                 value: request.exec_id,
             });
         }
-        let process = spec::read_process(&request.process)?;
+        let mut process = spec::read_process(&request.process)?;
+        let profile = process.apparmor_profile().as_deref();
+        if profile.unwrap_or_default().is_empty() {
+            process.set_apparmor_profile(self.apparmor_profile.clone());
+        }
         if self.init.has_ended() {
             return Err(ServiceError::WrongState {
                 what: "exec in the container",
@@ -167,6 +176,7 @@ impl Container {
         process: ProcessSpec,
         request: ExecRequest,
     ) -> Result<Process, ServiceError> {
+        guest.profiles.provide(&process, request.apparmor_policy)?;
         let stdio = request.stdio.into_option().unwrap_or_default();
         let stage_request = Request {
             terminal: terminal_size(&process, &stdio)?,

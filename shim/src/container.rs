@@ -20,6 +20,7 @@ use ttrpc::Code;
 use crate::{
     agent_client::{AgentClient, AgentError, Exit},
     anchor::{Anchor, AnchorEvent, Network},
+    apparmor,
     cgroup::Cgroup,
     child::{KILLED, Reaper},
     errors::{TaskError, timestamp},
@@ -98,6 +99,7 @@ impl Resources {
 struct Exec {
     process: Arc<Process>,
     spec: Vec<u8>,
+    apparmor_profile: Option<String>,
 }
 
 /// What a container is made of.
@@ -287,7 +289,12 @@ impl Container {
         }
         let size = parsed.console_size.unwrap_or_default();
         let process = Arc::new(Process::new(exec_id.to_owned(), paths, size));
-        execs.insert(exec_id.to_owned(), Exec { process, spec });
+        let exec = Exec {
+            process,
+            spec,
+            apparmor_profile: parsed.apparmor_profile,
+        };
+        execs.insert(exec_id.to_owned(), exec);
         drop(execs);
         self.host
             .events
@@ -301,10 +308,13 @@ impl Container {
 
     /// Starts a registered process. Returns its PID.
     pub async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32, TaskError> {
-        let (process, spec) = self
+        let (process, spec, profile) = self
             .execs()
             .get(exec_id)
-            .map(|exec| (exec.process.clone(), exec.spec.clone()))
+            .map(|exec| {
+                let profile = exec.apparmor_profile.clone();
+                (exec.process.clone(), exec.spec.clone(), profile)
+            })
             .ok_or_else(|| {
                 TaskError::NotFound(format!("exec {exec_id} of container {}", self.id))
             })?;
@@ -317,7 +327,7 @@ impl Container {
         process
             .begin_start()
             .map_err(|phase| self.cannot_start(exec_id, phase))?;
-        match self.try_start_exec(&process, spec).await {
+        match self.try_start_exec(&process, spec, profile).await {
             Ok((anchor, agent)) => {
                 let pid = anchor.pid();
                 process.set_pid(pid);
@@ -345,7 +355,12 @@ impl Container {
         &self,
         process: &Process,
         spec: Vec<u8>,
+        profile: Option<String>,
     ) -> Result<(Anchor, AgentClient), TaskError> {
+        // The guest has the container's own, and an exec'd process is confined as that is.
+        let profile = profile.as_deref();
+        let profile = profile.filter(|name| Some(*name) != self.spec.apparmor_profile());
+        let apparmor_policy = apparmor::policy(profile)?;
         let agent = self.agent().await?;
         let owner = Owner {
             namespace: &self.host.namespace,
@@ -363,6 +378,7 @@ impl Container {
             exec_id: process.exec_id.clone(),
             process: spec,
             stdio: MessageField::some(stdio),
+            apparmor_policy,
             ..ExecRequest::default()
         };
         // An exec's anchor is where the container's own is.

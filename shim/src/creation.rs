@@ -12,6 +12,7 @@ use protobuf::MessageField;
 use crate::{
     agent_client::AgentClient,
     anchor::{Anchor, Network},
+    apparmor,
     cgroup::{self, Cgroup},
     child::KILLED,
     container::{Container, Host, Parts, Resources},
@@ -107,6 +108,7 @@ async fn build(
     }
     let bundle = Path::new(&request.bundle);
     let (spec, spec_bytes) = Spec::read(bundle)?;
+    let apparmor_policy = apparmor::policy(spec.apparmor_profile())?;
 
     let root = spec.root.as_ref().map(|root| root.path.as_path());
     let rootfs = Rootfs::new(bundle, &request.rootfs, root)?;
@@ -171,6 +173,7 @@ async fn build(
         rootfs_share,
         shared_mounts,
         stdio: MessageField::some(stdio),
+        apparmor_policy,
         ..CreateContainerRequest::default()
     };
     if let Err(error) = agent.create(&message).await {

@@ -3,6 +3,7 @@
 //! The stage itself only makes the process and reports its pid. Everything else happens in the
 //! new process, which belongs to PID 1 (`CLONE_PARENT`) and ends in the container's execve.
 
+mod apparmor;
 mod console;
 mod credentials;
 mod devices;
@@ -118,6 +119,7 @@ fn serve(channel: &Channel) -> Result<(), StageError> {
     // Inherited by the new process. Here, because this /proc is the agent's; a container's may be
     // anything.
     settings::oom_score_adj(&request.process)?;
+    let confinement = apparmor::Transition::of(&request.process)?;
     let flags = match (&request.task, &fds.init) {
         (Task::Create(create), _) => namespaces::to_create(&create.spec),
         (Task::Join, Some(init)) => {
@@ -130,7 +132,10 @@ fn serve(channel: &Channel) -> Result<(), StageError> {
         Cloned::Parent { pid, pidfd } => channel
             .reply(&Reply::Spawned { pid }, Some(pidfd.as_fd()))
             .map_err(StageError::system("report the new process")),
-        Cloned::Child => run(channel, request, fds),
+        Cloned::Child => {
+            confinement.map_or(Ok(()), apparmor::Transition::at_execve)?;
+            run(channel, request, fds)
+        }
     }
 }
 

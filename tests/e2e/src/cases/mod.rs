@@ -1,5 +1,6 @@
 //! The tests, by theme.
 
+mod apparmor;
 mod apps;
 mod basic;
 mod check;
@@ -86,6 +87,7 @@ pub fn all() -> Vec<Case> {
         lifecycle::cases(),
         parity::cases(),
         jail::cases(),
+        apparmor::cases(),
         neighbours::cases(),
         apps::cases(),
         failures::cases(),
