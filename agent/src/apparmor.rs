@@ -20,7 +20,7 @@ use rustix::{
 use thiserror::Error;
 
 /// The name that asks for no profile.
-pub const UNCONFINED: &str = "unconfined";
+const UNCONFINED: &str = "unconfined";
 
 /// Takes policy whose profiles are all new, as one write.
 const LOAD: &str = "apparmor/.load";
@@ -63,6 +63,15 @@ pub enum ProfileError {
 pub fn profile_of(process: &Process) -> Option<&str> {
     let name = process.apparmor_profile().as_deref().unwrap_or_default();
     (!matches!(name, "" | UNCONFINED)).then_some(name)
+}
+
+/// Confines an exec'd process that says nothing about it as its container is. One that asks to be
+/// unconfined is.
+pub fn inherit(process: &mut Process, container: Option<&str>) {
+    let name = process.apparmor_profile().as_deref().unwrap_or_default();
+    if name.is_empty() {
+        process.set_apparmor_profile(container.map(str::to_owned));
+    }
 }
 
 /// What the guest's kernel has.
@@ -159,6 +168,21 @@ mod tests {
             assert_eq!(profile_of(&process(name)), None, "{name:?}");
         }
         assert_eq!(profile_of(&process(Some("a"))), Some("a"));
+    }
+
+    #[test]
+    fn an_execd_process_has_its_own_profile_or_its_containers() {
+        for (own, container, expected) in [
+            (None, Some("a"), Some("a")),
+            (Some(""), Some("a"), Some("a")),
+            (Some("b"), Some("a"), Some("b")),
+            (Some("unconfined"), Some("a"), None),
+            (None, None, None),
+        ] {
+            let mut process = process(own);
+            inherit(&mut process, container);
+            assert_eq!(profile_of(&process), expected, "{own:?} in {container:?}");
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec};
 use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 
 use crate::{
+    apparmor,
     cgroup::Cgroup,
     error::ServiceError,
     process::{Process, StageChannel, launch},
@@ -138,10 +139,7 @@ impl Container {
             });
         }
         let mut process = spec::read_process(&request.process)?;
-        let profile = process.apparmor_profile().as_deref();
-        if profile.unwrap_or_default().is_empty() {
-            process.set_apparmor_profile(self.apparmor_profile.clone());
-        }
+        apparmor::inherit(&mut process, self.apparmor_profile.as_deref());
         if self.init.has_ended() {
             return Err(ServiceError::WrongState {
                 what: "exec in the container",

@@ -95,7 +95,7 @@ impl Resources {
 }
 
 /// An exec'd process and its OCI `process` object.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Exec {
     process: Arc<Process>,
     spec: Vec<u8>,
@@ -308,16 +308,10 @@ impl Container {
 
     /// Starts a registered process. Returns its PID.
     pub async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32, TaskError> {
-        let (process, spec, profile) = self
-            .execs()
-            .get(exec_id)
-            .map(|exec| {
-                let profile = exec.apparmor_profile.clone();
-                (exec.process.clone(), exec.spec.clone(), profile)
-            })
-            .ok_or_else(|| {
-                TaskError::NotFound(format!("exec {exec_id} of container {}", self.id))
-            })?;
+        let exec = self.execs().get(exec_id).cloned().ok_or_else(|| {
+            TaskError::NotFound(format!("exec {exec_id} of container {}", self.id))
+        })?;
+        let process = exec.process.clone();
         if self.init.exit().is_some() {
             return Err(TaskError::State(format!(
                 "Cannot start exec {exec_id}: container {} has ended",
@@ -327,7 +321,7 @@ impl Container {
         process
             .begin_start()
             .map_err(|phase| self.cannot_start(exec_id, phase))?;
-        match self.try_start_exec(&process, spec, profile).await {
+        match self.try_start_exec(exec).await {
             Ok((anchor, agent)) => {
                 let pid = anchor.pid();
                 process.set_pid(pid);
@@ -351,14 +345,10 @@ impl Container {
         }
     }
 
-    async fn try_start_exec(
-        &self,
-        process: &Process,
-        spec: Vec<u8>,
-        profile: Option<String>,
-    ) -> Result<(Anchor, AgentClient), TaskError> {
-        // The guest has the container's own, and an exec'd process is confined as that is.
-        let profile = profile.as_deref();
+    async fn try_start_exec(&self, exec: Exec) -> Result<(Anchor, AgentClient), TaskError> {
+        let process = exec.process;
+        // The guest has the container's own, which may be another one on the host by now.
+        let profile = exec.apparmor_profile.as_deref();
         let profile = profile.filter(|name| Some(*name) != self.spec.apparmor_profile());
         let apparmor_policy = apparmor::policy(profile)?;
         let agent = self.agent().await?;
@@ -376,7 +366,7 @@ impl Container {
         let request = ExecRequest {
             container_id: self.id.clone(),
             exec_id: process.exec_id.clone(),
-            process: spec,
+            process: exec.spec,
             stdio: MessageField::some(stdio),
             apparmor_policy,
             ..ExecRequest::default()
