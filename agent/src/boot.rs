@@ -20,6 +20,7 @@ use nix::{
 use thiserror::Error;
 
 use crate::{
+    apparmor::Profiles,
     cgroup::{self, CgroupError},
     log,
     serve::{self, Guest, ServeError},
@@ -100,6 +101,7 @@ fn boot(started_ns: u64) -> Result<(), BootError> {
         transport: Transport::Vsock,
         shared_dir: PathBuf::from(SHARED_DIR),
         cgroup_root: PathBuf::from(CGROUP_ROOT),
+        profiles: Profiles::default(),
         started_ns,
         ready_ns,
     };

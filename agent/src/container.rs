@@ -15,6 +15,7 @@ use oci_spec::runtime::{
 use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 
 use crate::{
+    apparmor,
     cgroup::Cgroup,
     error::ServiceError,
     neighbours::{Neighbour, Neighbours, Network, Networks},
@@ -45,6 +46,8 @@ pub struct Container {
     seccomp: Option<LinuxSeccomp>,
     personality: Option<LinuxPersonality>,
     users: Option<IdMappings>,
+    /// Of its own process, and of an exec'd one that names none.
+    apparmor_profile: Option<String>,
     init: Arc<Process>,
     /// Its processes are in another container's PID namespace.
     shares_pids: bool,
@@ -77,6 +80,8 @@ impl Container {
         let rootfs = share(&request.rootfs_share)?;
         let process = spec.process().clone();
         let process = process.ok_or(SpecError::Missing { field: "process" })?;
+        guest.profiles.provide(&process, request.apparmor_policy)?;
+        let apparmor_profile = process.apparmor_profile().clone();
         let linux = spec.linux().as_ref();
         let seccomp = linux.and_then(|linux| linux.seccomp().clone());
         let personality = linux.and_then(|linux| linux.personality().clone());
@@ -129,6 +134,7 @@ impl Container {
                 seccomp,
                 personality,
                 users,
+                apparmor_profile,
                 init: Arc::new(init),
                 shares_pids,
                 waiting: AsyncMutex::new(Some(channel)),
@@ -195,7 +201,8 @@ impl Container {
                 value: request.exec_id,
             });
         }
-        let process = spec::read_process(&request.process)?;
+        let mut process = spec::read_process(&request.process)?;
+        apparmor::inherit(&mut process, self.apparmor_profile.as_deref());
         if self.init.has_ended() {
             return Err(ServiceError::WrongState {
                 what: "exec in the container",
@@ -230,6 +237,7 @@ impl Container {
         process: ProcessSpec,
         request: ExecRequest,
     ) -> Result<Process, ServiceError> {
+        guest.profiles.provide(&process, request.apparmor_policy)?;
         let stdio = request.stdio.into_option().unwrap_or_default();
         let stage_request = Request {
             terminal: terminal_size(&process, &stdio)?,

@@ -6,6 +6,7 @@ use thiserror::Error;
 use ttrpc::{Code, get_status};
 
 use crate::{
+    apparmor::ProfileError,
     cgroup::CgroupError,
     log,
     spec::SpecError,
@@ -59,6 +60,9 @@ pub enum ServiceError {
     /// The spec cannot be honoured.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The process cannot have its AppArmor profile.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
     /// The container's cgroup could not be set up or read.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -103,6 +107,13 @@ impl ServiceError {
             Self::ContainerExists(_) | Self::ProcessExists { .. } => Code::ALREADY_EXISTS,
             Self::WrongState { .. } => Code::FAILED_PRECONDITION,
             Self::BadRequest { .. } | Self::Spec(_) => Code::INVALID_ARGUMENT,
+            Self::Profile(error) => match error {
+                ProfileError::NoPolicy(_) => Code::INVALID_ARGUMENT,
+                ProfileError::Differs(_) | ProfileError::Refused { .. } => {
+                    Code::FAILED_PRECONDITION
+                }
+                ProfileError::System { .. } => Code::INTERNAL,
+            },
             Self::Stage(Failure { kind, .. }) => match kind {
                 FailureKind::Invalid => Code::INVALID_ARGUMENT,
                 FailureKind::Internal => Code::INTERNAL,

@@ -4,6 +4,7 @@
 //! up by a second mode of the same binary, the stage: a fresh single-threaded process, because a
 //! process that runs an async runtime must not fork.
 
+mod apparmor;
 mod boot;
 pub mod cgroup;
 mod container;

@@ -21,6 +21,7 @@ use tokio::{
 use ttrpc::r#async::{Server, transport::Listener};
 
 use crate::{
+    apparmor::Profiles,
     cgroup::{self, CgroupError},
     log,
     reaper::Reaper,
@@ -40,6 +41,8 @@ pub struct Guest {
     pub shared_dir: PathBuf,
     /// Where the containers' cgroups are made.
     pub cgroup_root: PathBuf,
+    /// AppArmor profiles that the kernel has been given.
+    pub profiles: Profiles,
     /// CLOCK_BOOTTIME in nanoseconds when `main` began.
     pub started_ns: u64,
     /// The same just before the host was dialled.
@@ -116,6 +119,7 @@ pub fn without_vm(dir: PathBuf, started_ns: u64) -> ExitCode {
             shared_dir: dir.join("shared"),
             cgroup_root: dir.join("cgroup"),
             transport: Transport::Unix(dir),
+            profiles: Profiles::default(),
             started_ns,
             ready_ns: boottime_ns(),
         };

@@ -20,6 +20,7 @@ use ttrpc::Code;
 use crate::{
     agent_client::{AgentClient, AgentError, Exit},
     anchor::{Anchor, AnchorEvent, Network},
+    apparmor,
     cgroup::Cgroup,
     child::{KILLED, Reaper},
     errors::{TaskError, timestamp},
@@ -94,10 +95,11 @@ impl Resources {
 }
 
 /// An exec'd process and its OCI `process` object.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Exec {
     process: Arc<Process>,
     spec: Vec<u8>,
+    apparmor_profile: Option<String>,
 }
 
 /// What a container is made of.
@@ -287,7 +289,12 @@ impl Container {
         }
         let size = parsed.console_size.unwrap_or_default();
         let process = Arc::new(Process::new(exec_id.to_owned(), paths, size));
-        execs.insert(exec_id.to_owned(), Exec { process, spec });
+        let exec = Exec {
+            process,
+            spec,
+            apparmor_profile: parsed.apparmor_profile,
+        };
+        execs.insert(exec_id.to_owned(), exec);
         drop(execs);
         self.host
             .events
@@ -301,13 +308,10 @@ impl Container {
 
     /// Starts a registered process. Returns its PID.
     pub async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32, TaskError> {
-        let (process, spec) = self
-            .execs()
-            .get(exec_id)
-            .map(|exec| (exec.process.clone(), exec.spec.clone()))
-            .ok_or_else(|| {
-                TaskError::NotFound(format!("exec {exec_id} of container {}", self.id))
-            })?;
+        let exec = self.execs().get(exec_id).cloned().ok_or_else(|| {
+            TaskError::NotFound(format!("exec {exec_id} of container {}", self.id))
+        })?;
+        let process = exec.process.clone();
         if self.init.exit().is_some() {
             return Err(TaskError::State(format!(
                 "Cannot start exec {exec_id}: container {} has ended",
@@ -317,7 +321,7 @@ impl Container {
         process
             .begin_start()
             .map_err(|phase| self.cannot_start(exec_id, phase))?;
-        match self.try_start_exec(&process, spec).await {
+        match self.try_start_exec(exec).await {
             Ok((anchor, agent)) => {
                 let pid = anchor.pid();
                 process.set_pid(pid);
@@ -341,11 +345,12 @@ impl Container {
         }
     }
 
-    async fn try_start_exec(
-        &self,
-        process: &Process,
-        spec: Vec<u8>,
-    ) -> Result<(Anchor, AgentClient), TaskError> {
+    async fn try_start_exec(&self, exec: Exec) -> Result<(Anchor, AgentClient), TaskError> {
+        let process = exec.process;
+        // The guest has the container's own, which may be another one on the host by now.
+        let profile = exec.apparmor_profile.as_deref();
+        let profile = profile.filter(|name| Some(*name) != self.spec.apparmor_profile());
+        let apparmor_policy = apparmor::policy(profile)?;
         let agent = self.agent().await?;
         let owner = Owner {
             namespace: &self.host.namespace,
@@ -361,8 +366,9 @@ impl Container {
         let request = ExecRequest {
             container_id: self.id.clone(),
             exec_id: process.exec_id.clone(),
-            process: spec,
+            process: exec.spec,
             stdio: MessageField::some(stdio),
+            apparmor_policy,
             ..ExecRequest::default()
         };
         // An exec's anchor is where the container's own is.

@@ -12,6 +12,7 @@ use protobuf::MessageField;
 use crate::{
     agent_client::AgentClient,
     anchor::{Anchor, Network},
+    apparmor,
     cgroup::{self, Cgroup},
     child::KILLED,
     container::{Container, Host, Parts, Resources},
@@ -130,6 +131,7 @@ async fn build(
     }
     let bundle = Path::new(&request.bundle);
     let (spec, spec_bytes) = Spec::read(bundle)?;
+    let apparmor_policy = apparmor::policy(spec.apparmor_profile())?;
 
     let root = spec.root.as_ref().map(|root| root.path.as_path());
     let rootfs = Rootfs::new(bundle, &request.rootfs, root)?;
@@ -195,6 +197,7 @@ async fn build(
         shared_mounts,
         stdio: MessageField::some(stdio),
         joined_namespaces: neighbourhood.joined_by(&spec),
+        apparmor_policy,
         ..CreateContainerRequest::default()
     };
     if let Err(error) = agent.create(&message).await {

@@ -7,9 +7,9 @@ use thiserror::Error;
 use ttrpc::{Code, error::get_rpc_status};
 
 use crate::{
-    agent_client::AgentError, anchor::AnchorError, cgroup::CgroupError, hooks::HookError,
-    pod::PodError, rootfs::RootfsError, shares::ShareError, spec::SpecError, stdio::StdioError,
-    text,
+    agent_client::AgentError, anchor::AnchorError, apparmor::ApparmorError, cgroup::CgroupError,
+    hooks::HookError, pod::PodError, rootfs::RootfsError, shares::ShareError, spec::SpecError,
+    stdio::StdioError, text,
 };
 
 /// Why a call of the task API failed.
@@ -54,6 +54,9 @@ pub enum TaskError {
     /// The standard streams cannot be set up.
     #[error(transparent)]
     Stdio(#[from] StdioError),
+    /// The AppArmor profile cannot be had.
+    #[error(transparent)]
+    Apparmor(#[from] ApparmorError),
     /// A hook failed.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -69,6 +72,7 @@ impl TaskError {
             Self::Invalid(_) | Self::Spec(_) => Code::INVALID_ARGUMENT,
             Self::Unsupported(_) | Self::Rootfs(RootfsError::Unsupported(_)) => Code::UNIMPLEMENTED,
             Self::Cgroup(CgroupError::NotV2 | CgroupError::Path(_)) => Code::FAILED_PRECONDITION,
+            Self::Apparmor(_) => Code::FAILED_PRECONDITION,
             Self::Agent(error) => error.code(),
             Self::Pod(_)
             | Self::Rootfs(_)

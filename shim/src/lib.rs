@@ -15,6 +15,7 @@
 pub mod address;
 pub mod agent_client;
 pub mod anchor;
+pub mod apparmor;
 pub mod args;
 pub mod assembly;
 pub mod cgroup;

@@ -125,6 +125,8 @@ pub struct Process {
     pub console_size: Option<ConsoleSize>,
     /// The host's OOM preference.
     pub oom_score_adj: Option<i32>,
+    /// Name of an AppArmor profile.
+    pub apparmor_profile: Option<String>,
 }
 
 /// `process.consoleSize`, in characters
@@ -313,6 +315,12 @@ impl Spec {
             .as_ref()
             .and_then(|process| process.console_size)
             .unwrap_or_default()
+    }
+
+    /// `process.apparmorProfile`
+    pub fn apparmor_profile(&self) -> Option<&str> {
+        let process = self.process.as_ref()?;
+        process.apparmor_profile.as_deref()
     }
 }
 

@@ -34,6 +34,9 @@ const IPC_SYSCTLS: [&str; 9] = [
     "kernel.shmmni",
 ];
 
+/// Longest name of an AppArmor profile; the kernel takes no more than a page.
+const PROFILE_NAME_MAX: usize = 2048;
+
 /// Checks a container's whole spec.
 pub fn spec(spec: &Spec, supplied: &Supplied) -> Result<(), SpecError> {
     refuse("solaris", spec.solaris().is_some(), "not Linux")?;
@@ -86,14 +89,13 @@ pub fn process(process: &Process) -> Result<(), SpecError> {
             "must be an absolute path",
         ));
     }
-    refuse(
-        "process.apparmorProfile",
-        process
-            .apparmor_profile()
-            .as_ref()
-            .is_some_and(|name| !name.is_empty()),
-        "AppArmor profiles of the host do not reach into the guest",
-    )?;
+    let profile = process.apparmor_profile().as_deref().unwrap_or_default();
+    if profile.len() > PROFILE_NAME_MAX || profile.contains(char::is_control) {
+        return Err(SpecError::invalid(
+            "process.apparmorProfile",
+            "not the name of a profile",
+        ));
+    }
     refuse(
         "process.selinuxLabel",
         process

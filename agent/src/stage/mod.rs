@@ -4,6 +4,7 @@
 //! new process, which belongs to PID 1 (`CLONE_PARENT`) and ends in the container's execve.
 
 pub mod affinity;
+mod apparmor;
 mod console;
 mod copy_up;
 mod credentials;
@@ -130,6 +131,7 @@ fn serve(channel: &Channel) -> Result<(), StageError> {
     if let (Some(users), Some(streams)) = (&request.users, &fds.stdio) {
         settings::own_streams(streams, users)?;
     }
+    let confinement = apparmor::Transition::of(&request.process)?;
     let (flags, place) = match (&request.task, &fds.init) {
         (Task::Create(create), _) => {
             let sources = Sources::open(create, request.users.as_ref())?;
@@ -152,7 +154,10 @@ fn serve(channel: &Channel) -> Result<(), StageError> {
         Cloned::Parent { pid, pidfd } => channel
             .reply(&Reply::Spawned { pid }, Some(pidfd.as_fd()))
             .map_err(StageError::system("report the new process")),
-        Cloned::Child => run(channel, request, fds.stdio, place),
+        Cloned::Child => {
+            confinement.map_or(Ok(()), apparmor::Transition::at_execve)?;
+            run(channel, request, fds.stdio, place)
+        }
     }
 }
 

@@ -133,8 +133,21 @@ async fn what_cannot_be_applied_is_refused_by_name() {
     };
     refused(
         "/process/apparmorProfile",
-        json!("docker-default"),
+        json!("docker\ndefault"),
         "process.apparmorProfile",
+    )
+    .await;
+    // The host hands over what it names.
+    refused(
+        "/process/apparmorProfile",
+        json!("docker-default"),
+        "its policy did not come along",
+    )
+    .await;
+    refused(
+        "/process/selinuxLabel",
+        json!("system_u:system_r:container_t:s0"),
+        "process.selinuxLabel",
     )
     .await;
     refused("/linux/newField", json!({"a": 1}), "linux.newField").await;

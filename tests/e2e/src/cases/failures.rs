@@ -58,13 +58,14 @@ const CONFIG: &str = "/etc/bulkhead/config.toml";
 /// Where the guest's files are, unless the configuration says otherwise.
 const GUEST: &str = "/usr/lib/bulkhead";
 
-/// A container's failed start: one line that holds all of `words`, whatever their case.
+/// A container's failed start, which [`says`] these words.
 fn fails(setting: &Setting, words: &[&str]) -> Result<()> {
     let done = setting.container().run(&["echo", "hello"])?;
     says(&done, words)
 }
 
-fn says(done: &Finished, words: &[&str]) -> Result<()> {
+/// A failure: one line that holds all of `words`, whatever their case.
+pub fn says(done: &Finished, words: &[&str]) -> Result<()> {
     ensure!(
         done.code() == 1 && done.stdout.is_empty(),
         "a failure was expected: {done}"

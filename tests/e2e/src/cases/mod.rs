@@ -1,5 +1,6 @@
 //! The tests, by theme.
 
+mod apparmor;
 mod apps;
 mod basic;
 mod check;
@@ -88,6 +89,7 @@ pub fn all() -> Vec<Case> {
         parity::cases(),
         escapes::cases(),
         jail::cases(),
+        apparmor::cases(),
         neighbours::cases(),
         apps::cases(),
         failures::cases(),

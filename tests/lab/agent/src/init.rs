@@ -146,6 +146,13 @@ fn mount_all() -> Result<()> {
     mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", safe, c"nsdelegate")?;
     mount_at("bpf", "/sys/fs/bpf", "bpf", safe, c"mode=700")?;
     mount_at("debugfs", "/sys/kernel/debug", "debugfs", safe, c"")?;
+    mount_at(
+        "securityfs",
+        "/sys/kernel/security",
+        "securityfs",
+        safe,
+        c"",
+    )?;
     mount_at("tmpfs", "/run", "tmpfs", in_memory, c"mode=755")?;
     mount_at("tmpfs", "/tmp", "tmpfs", in_memory, c"mode=1777")?;
     let devpts = MountFlags::NOSUID | MountFlags::NOEXEC;
