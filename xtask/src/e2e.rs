@@ -49,6 +49,27 @@ struct Test {
     debian: bool,
     /// It takes minutes.
     long: bool,
+    /// It does what another test does, more often.
+    soak: bool,
+}
+
+/// Which tests to run.
+#[derive(clap::Args)]
+pub struct Selection {
+    /// Only the end-to-end tests, and of these the ones that match.
+    #[arg(long)]
+    pub e2e: Option<String>,
+    /// Also those that only do more often what others do.
+    #[arg(long)]
+    pub soak: bool,
+}
+
+impl Selection {
+    fn has(&self, test: &Test) -> bool {
+        let word = self.e2e.as_deref().unwrap_or_default();
+        let meant = self.soak || !test.soak || test.name == word;
+        meant && test.name.contains(word)
+    }
 }
 
 /// What is still to be done and how the rest went.
@@ -59,13 +80,13 @@ struct Progress {
     failed: Vec<String>,
 }
 
-/// Runs the tests whose names contain `only`; the exit code is 0 when all were run and passed.
-pub fn run(programs: &Programs, only: Option<&str>) -> Result<i32> {
+/// Runs the selected tests; the exit code is 0 when all were run and passed.
+pub fn run(programs: &Programs, selection: &Selection) -> Result<i32> {
     let mut tests = list(programs)?;
-    tests.retain(|test| only.is_none_or(|word| test.name.contains(word)));
+    tests.retain(|test| selection.has(test));
     ensure!(!tests.is_empty(), "no end-to-end test has such a name");
     // What takes longest begins first, so that the labs end at about the same time.
-    tests.sort_by_key(|test| !test.long);
+    tests.sort_by_key(|test| !(test.long || test.soak));
     let all = tests.len();
     let (labs, cpus) = size_of_labs()?;
     let labs = labs.min(all);
@@ -184,7 +205,7 @@ impl Progress {
 /// Runs one test; whether it passed. An error is the lab's.
 fn run_test(lab: &Lab, test: &Test, progress: &Mutex<Progress>) -> Result<bool> {
     let started = Instant::now();
-    let arguments = [E2E, "--exact", &test.name];
+    let arguments = [E2E, "--include-ignored", "--exact", &test.name];
     let result = lab.exec(arguments).limit(TEST_LIMIT).run();
     let seconds = started.elapsed().as_secs_f32();
     let mut progress = lock(progress);

@@ -28,11 +28,7 @@ enum Task {
     /// Install what is missing, build everything, and run a container in its own microVM.
     Demo,
     /// Check format and lints, run the unit tests, and run the end-to-end tests in a lab.
-    Test {
-        /// Only the end-to-end tests, and of these the ones that match.
-        #[arg(long)]
-        e2e: Option<String>,
-    },
+    Test(e2e::Selection),
     /// Build all programs, the guest's kernel and its initramfs, as they are shipped.
     Build,
     /// Build, and lay the files out as they are on a user's machine.
@@ -41,7 +37,7 @@ enum Task {
         #[arg(long, default_value = "/")]
         root: PathBuf,
     },
-    /// Fuzz what a hostile guest can send.
+    /// Fuzz what a hostile guest, spec or image can bring.
     Fuzz(fuzz::FuzzOptions),
     /// Measure.
     #[command(subcommand)]
@@ -54,7 +50,7 @@ enum Task {
 fn main() {
     let result = match Cli::parse().command {
         Task::Demo => demo::run(),
-        Task::Test { e2e } => test::run(e2e.as_deref()),
+        Task::Test(selection) => test::run(&selection),
         Task::Build => build::build().map(|_| 0),
         Task::Install { root } => install::run(&root),
         Task::Fuzz(options) => fuzz::run(&options),

@@ -5,10 +5,13 @@ use std::thread::{self, ScopedJoinHandle};
 use anyhow::Result;
 use bulkhead_lab::{BUILD_LIMIT, Step, cargo, prepare_images, run_shown};
 
-use crate::{build, e2e};
+use crate::{
+    build,
+    e2e::{self, Selection},
+};
 
-/// Runs all tests, or only the end-to-end tests whose names contain `only`.
-pub fn run(only: Option<&str>) -> Result<i32> {
+/// Runs all tests, or only the end-to-end tests that are selected by a word.
+pub fn run(selection: &Selection) -> Result<i32> {
     build::install_packages()?;
     // Whatever fails, nothing of it runs on when this returns.
     let programs = thread::scope(|scope| {
@@ -16,7 +19,7 @@ pub fn run(only: Option<&str>) -> Result<i32> {
         // leaves idle.
         let images = scope.spawn(prepare_images);
         let kernel = scope.spawn(build::prepare_kernel);
-        if only.is_none() {
+        if selection.e2e.is_none() {
             check()?;
         }
         let programs = e2e::Programs {
@@ -28,7 +31,7 @@ pub fn run(only: Option<&str>) -> Result<i32> {
         finish(images)?;
         anyhow::Ok(programs)
     })?;
-    e2e::run(&programs, only)
+    e2e::run(&programs, selection)
 }
 
 fn finish<E: Into<anyhow::Error>>(work: ScopedJoinHandle<'_, Result<(), E>>) -> Result<()> {

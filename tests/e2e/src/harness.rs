@@ -30,7 +30,9 @@ pub fn list(runtime: &str) {
     for case in selected(runtime) {
         println!(
             "{}",
-            json!({ "name": case.name, "debian": case.debian, "long": case.long })
+            json!({
+                "name": case.name, "debian": case.debian, "long": case.long, "soak": case.soak,
+            })
         );
     }
 }
@@ -46,6 +48,7 @@ fn trial(case: Case, runtime: String) -> Trial {
     } else {
         ""
     };
+    let soak = case.soak;
     Trial::test(case.name, move || {
         let setting = Setting { runtime };
         let log = Log::start();
@@ -62,6 +65,7 @@ fn trial(case: Case, runtime: String) -> Trial {
         })
     })
     .with_kind(kind)
+    .with_ignored_flag(soak)
 }
 
 fn checked(case: &Case, setting: &Setting) -> Result<()> {

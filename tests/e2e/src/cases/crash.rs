@@ -36,7 +36,8 @@ pub fn cases() -> Vec<Case> {
             "containers survive a restart of containerd and stay reachable",
             containerd_restarted,
         ),
-        case("100 containers come and go", hundred_cycles).long(),
+        case("24 containers come and go", |setting| cycles(setting, 24)),
+        case("100 containers come and go", |setting| cycles(setting, 100)).soak(),
     ]
 }
 
@@ -122,13 +123,14 @@ fn containerd_restarted(setting: &Setting) -> Result<()> {
     Ok(())
 }
 
-fn hundred_cycles(setting: &Setting) -> Result<()> {
+/// As many containers, four at a time.
+fn cycles(setting: &Setting, count: u32) -> Result<()> {
     let runtime = &setting.runtime;
     thread::scope(|scope| {
         let workers: Vec<_> = (0..4)
             .map(|worker| {
                 scope.spawn(move || -> Result<()> {
-                    for cycle in 0..25 {
+                    for cycle in 0..count / 4 {
                         let text = format!("{worker} {cycle}");
                         let done = Run::new(runtime).run(&["echo", &text])?.exits_with(0)?;
                         ensure!(done.out().trim_end() == text, "{done}");

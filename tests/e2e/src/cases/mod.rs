@@ -27,6 +27,8 @@ pub struct Case {
     pub debian: bool,
     /// It takes minutes.
     pub long: bool,
+    /// It does what another test does, more often: only run when asked for.
+    pub soak: bool,
     /// Fails with everything that is needed to understand why.
     pub run: fn(&Setting) -> Result<()>,
 }
@@ -41,6 +43,10 @@ impl Case {
 
     const fn long(self) -> Self {
         Self { long: true, ..self }
+    }
+
+    const fn soak(self) -> Self {
+        Self { soak: true, ..self }
     }
 }
 
@@ -64,6 +70,7 @@ const fn case(name: &'static str, run: fn(&Setting) -> Result<()>) -> Case {
         bulkhead_only: false,
         debian: false,
         long: false,
+        soak: false,
         run,
     }
 }
@@ -75,6 +82,7 @@ const fn bulkhead(name: &'static str, run: fn(&Setting) -> Result<()>) -> Case {
         bulkhead_only: true,
         debian: false,
         long: false,
+        soak: false,
         run,
     }
 }
