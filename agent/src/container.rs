@@ -72,6 +72,7 @@ impl Container {
         let cgroup = Cgroup::create(&guest.cgroup_root, &request.container_id, resources)?;
         let stdio = request.stdio.into_option().unwrap_or_default();
         let stage_request = Request {
+            container: request.container_id.clone(),
             terminal: terminal_size(&process, &stdio)?,
             process,
             seccomp: seccomp.clone(),
@@ -169,6 +170,7 @@ impl Container {
     ) -> Result<Process, ServiceError> {
         let stdio = request.stdio.into_option().unwrap_or_default();
         let stage_request = Request {
+            container: request.container_id.clone(),
             terminal: terminal_size(&process, &stdio)?,
             process,
             seccomp: self.seccomp.clone(),

@@ -137,6 +137,7 @@ fn serve(channel: &Channel) -> Result<(), StageError> {
 /// The new process, up to its execve.
 fn run(channel: &Channel, request: Request, fds: RequestFds) -> Result<(), StageError> {
     let Request {
+        container,
         task,
         process,
         seccomp,
@@ -147,7 +148,7 @@ fn run(channel: &Channel, request: Request, fds: RequestFds) -> Result<(), Stage
         namespaces::join_cgroup(init.as_fd())?;
     }
     rustix::process::setsid().map_err(StageError::system("start a session"))?;
-    settings::join_session_keyring()?;
+    settings::join_session_keyring(&container)?;
     if let Task::Create(create) = &task {
         new_container(create)?;
     }
