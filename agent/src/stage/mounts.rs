@@ -28,6 +28,22 @@ const ATTR_STRICTATIME: u64 = 0x20;
 const ATTR_NODIRATIME: u64 = 0x80;
 const ATTR_NOSYMFOLLOW: u64 = 0x20_0000;
 
+/// Files of /proc that a mount may cover, as under runc: those that describe the machine, for which
+/// programs such as lxcfs have their own.
+const PROC_FILES: [&str; 11] = [
+    "cpuinfo",
+    "diskstats",
+    "loadavg",
+    "meminfo",
+    "net/dev",
+    "slabinfo",
+    "stat",
+    "swaps",
+    "sys/crypto/fips_enabled",
+    "sys/kernel/ns_last_pid",
+    "uptime",
+];
+
 /// Options that change a mount's attributes: name, bits to set, bits to clear.
 const ATTRIBUTES: [(&str, u64, u64); 16] = [
     ("ro", ATTR_RDONLY, 0),
@@ -204,7 +220,7 @@ pub fn is_bind(mount: &Mount) -> bool {
 pub fn make(root: &Root, mount: &Mount, source: Option<&Path>) -> Result<(), StageError> {
     let destination = mount.destination();
     let failed = |what: &str| StageError::system(format!("{what} {}", destination.display()));
-    let options = MountOptions::parse(mount.options().as_deref().unwrap_or_default())
+    let mut options = MountOptions::parse(mount.options().as_deref().unwrap_or_default())
         .map_err(StageError::Invalid)?;
     let (tree, target) = if is_bind(mount) {
         let source = source.ok_or_else(|| {
@@ -220,6 +236,10 @@ pub fn make(root: &Root, mount: &Mount, source: Option<&Path>) -> Result<(), Sta
         (tree, target)
     } else {
         let kind = mount.typ().as_deref().unwrap_or_default();
+        if kind == "tmpfs" {
+            keep_mode(root, destination, &mut options)
+                .map_err(failed("look at the mount point"))?;
+        }
         let tree = new_file_system(kind, mount.source().as_deref(), &options).map_err(
             StageError::system(format!(
                 "make a {kind} file system for {}",
@@ -229,6 +249,7 @@ pub fn make(root: &Root, mount: &Mount, source: Option<&Path>) -> Result<(), Sta
         (tree, root.make_directory(destination))
     };
     let target = target.map_err(failed("make the mount point"))?;
+    spare_proc(root, &target, &tree, destination)?;
     options
         .attributes
         .apply(tree.as_fd(), false)
@@ -245,6 +266,56 @@ pub fn make(root: &Root, mount: &Mount, source: Option<&Path>) -> Result<(), Sta
             .map_err(failed("set the propagation of"))?;
     }
     Ok(())
+}
+
+/// A tmpfs has the mode of the directory that it covers, unless it is given one.
+fn keep_mode(root: &Root, destination: &Path, options: &mut MountOptions) -> io::Result<()> {
+    let covered = match root.handle(destination) {
+        Ok(covered) => rustix::fs::fstat(&covered)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    if !options.data.iter().any(|(key, _)| key == "mode") {
+        let mode = format!("{:o}", covered.st_mode & 0o7777);
+        options.data.push(("mode".to_owned(), Some(mode)));
+    }
+    Ok(())
+}
+
+/// Refuses what would hide a part of /proc, on which processes and masks rely: nothing but procfs
+/// may be its root, and only some files that describe the machine may be covered.
+fn spare_proc(
+    root: &Root,
+    target: &OwnedFd,
+    tree: &OwnedFd,
+    destination: &Path,
+) -> Result<(), StageError> {
+    let path = |handle: BorrowedFd<'_>| {
+        std::fs::read_link(format!("/proc/self/fd/{}", handle.as_raw_fd())).map_err(
+            StageError::system(format!("find where {} leads", destination.display())),
+        )
+    };
+    let (root, target) = (path(root.as_fd())?, path(target.as_fd())?);
+    let Some(inside) = target
+        .strip_prefix(&root)
+        .ok()
+        .and_then(|path| path.strip_prefix("proc").ok())
+    else {
+        return Ok(());
+    };
+    let allowed = if inside == Path::new("") {
+        let kind = rustix::fs::fstatfs(tree).map_err(StageError::system("look at a mount"))?;
+        kind.f_type == rustix::fs::PROC_SUPER_MAGIC
+    } else {
+        PROC_FILES.iter().any(|file| inside == Path::new(file))
+    };
+    if allowed {
+        return Ok(());
+    }
+    Err(StageError::Invalid(format!(
+        "{} cannot be mounted because it is inside /proc",
+        destination.display()
+    )))
 }
 
 /// A detached mount of a new instance of a file system.
