@@ -3,6 +3,7 @@
 mod apps;
 mod basic;
 mod check;
+mod configurations;
 mod crash;
 mod failures;
 mod io;
@@ -85,6 +86,7 @@ pub fn all() -> Vec<Case> {
         io::cases(),
         lifecycle::cases(),
         parity::cases(),
+        configurations::cases(),
         jail::cases(),
         neighbours::cases(),
         apps::cases(),
