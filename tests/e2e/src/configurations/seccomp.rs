@@ -8,8 +8,8 @@ use super::{Configuration, Theme, base};
 const ALLOW: &str = "SCMP_ACT_ALLOW";
 const ERRNO: &str = "SCMP_ACT_ERRNO";
 
-/// getpriority(2) with this first argument is what rules about arguments are tried on, as a script
-/// can make it by `nice`-like tools only: the probe's own attempt has -1 in every argument.
+/// What the probe passes in every argument when it tries a system call. Rules are about getpriority(2),
+/// which nothing else in a container makes.
 const MINUS_ONE: u64 = u64::MAX;
 
 pub(super) fn all() -> Result<Vec<Configuration>> {
