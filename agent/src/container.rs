@@ -104,6 +104,7 @@ impl Container {
         let cgroup = Cgroup::create(&guest.cgroup_root, id, resources, owner)?;
         let stdio = request.stdio.into_option().unwrap_or_default();
         let stage_request = Request {
+            container: request.container_id.clone(),
             terminal: terminal_size(&process, &stdio)?,
             process,
             seccomp: seccomp.clone(),
@@ -240,6 +241,7 @@ impl Container {
         guest.profiles.provide(&process, request.apparmor_policy)?;
         let stdio = request.stdio.into_option().unwrap_or_default();
         let stage_request = Request {
+            container: request.container_id.clone(),
             terminal: terminal_size(&process, &stdio)?,
             process,
             seccomp: self.seccomp.clone(),

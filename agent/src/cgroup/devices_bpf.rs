@@ -170,6 +170,13 @@ fn all_rules(rules: &[LinuxDeviceCgroup]) -> Vec<Rule> {
         minor: number(rule.minor()),
         access: access(rule.access().as_deref().unwrap_or_default()),
     });
+    let mut all: Vec<Rule> = spec.collect();
+    // Where everything is allowed, what the spec denies after that stays denied: a default for many
+    // devices adds nothing but would undo it.
+    let allows_all = all
+        .iter()
+        .rfind(|rule| (rule.kind, rule.major, rule.minor) == (None, None, None))
+        .is_some_and(|rule| rule.allow);
     let default = DEFAULT_ALLOWED
         .iter()
         .map(|&(kind, major, minor, access)| Rule {
@@ -179,7 +186,8 @@ fn all_rules(rules: &[LinuxDeviceCgroup]) -> Vec<Rule> {
             minor,
             access,
         });
-    spec.chain(default).collect()
+    all.extend(default.filter(|rule| !allows_all || rule.minor.is_some()));
+    all
 }
 
 fn access(letters: &str) -> i32 {
@@ -355,5 +363,16 @@ mod tests {
         let code = rules(json!([{"allow": true, "access": "rwm"}]));
         assert!(run(&code, DEV_BLOCK, ACCESS_ALL, 254, 0));
         assert!(run(&code, DEV_CHAR, READ_WRITE, 1, 1));
+    }
+
+    #[test]
+    fn what_is_denied_where_all_else_is_allowed_cannot_be_made() {
+        let code = rules(json!([
+            {"allow": true, "access": "rwm"},
+            {"allow": false, "type": "c", "major": 1, "minor": 1, "access": "rwm"},
+        ]));
+        assert!(!run(&code, DEV_CHAR, ACCESS_MKNOD, 1, 1));
+        assert!(run(&code, DEV_CHAR, ACCESS_ALL, 1, 4));
+        assert!(run(&code, DEV_BLOCK, ACCESS_ALL, 8, 0));
     }
 }

@@ -216,7 +216,7 @@ fn begin(request: &Request) -> Result<(), StageError> {
         namespaces::become_root()?;
     }
     rustix::process::setsid().map_err(StageError::system("start a session"))?;
-    settings::join_session_keyring()
+    settings::join_session_keyring(&request.container)
 }
 
 /// Everything that a container has besides its process.

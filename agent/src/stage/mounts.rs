@@ -73,7 +73,7 @@ pub fn own_ids(mount: &Mount) -> Option<IdMappings> {
 pub fn make(root: &Root, mount: &Mount, source: Option<OwnedFd>) -> Result<(), StageError> {
     let destination = mount.destination();
     let failed = |what: &str| StageError::system(format!("{what} {}", destination.display()));
-    let options = options(mount);
+    let mut options = options(mount);
     if options.remount {
         return change(root, mount, &options).map_err(failed("remount"));
     }
@@ -89,6 +89,10 @@ pub fn make(root: &Root, mount: &Mount, source: Option<OwnedFd>) -> Result<(), S
         (tree, target.map_err(failed("make the mount point"))?)
     } else {
         let kind = mount.typ().as_deref().unwrap_or_default();
+        if kind == "tmpfs" {
+            keep_mode(root, destination, &mut options)
+                .map_err(failed("look at the mount point"))?;
+        }
         let target = root.make_directory(destination);
         let target = target.map_err(failed("make the mount point"))?;
         let tree = new_file_system(kind, mount.source().as_deref(), &options).map_err(
@@ -104,7 +108,7 @@ pub fn make(root: &Root, mount: &Mount, source: Option<OwnedFd>) -> Result<(), S
     };
     if let Some(reason) = proc::refusal(&tree, &target).map_err(failed("look at"))? {
         return Err(StageError::Invalid(format!(
-            "{} cannot be mounted: {reason}",
+            "{} cannot be mounted because {reason}",
             destination.display()
         )));
     }
@@ -122,6 +126,21 @@ pub fn make(root: &Root, mount: &Mount, source: Option<OwnedFd>) -> Result<(), S
         propagation
             .apply(tree.as_fd(), *recursive)
             .map_err(failed("set the propagation of"))?;
+    }
+    Ok(())
+}
+
+/// A tmpfs has the mode of the directory that it covers, unless it is given one.
+fn keep_mode(root: &Root, destination: &Path, options: &mut MountOptions) -> io::Result<()> {
+    let covered = match root.handle(destination) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        covered => covered?,
+    };
+    if !options.data.iter().any(|(key, _)| key == "mode") {
+        let mode = rustix::fs::fstat(&covered)?.st_mode & 0o7777;
+        options
+            .data
+            .push(("mode".to_owned(), Some(format!("{mode:o}"))));
     }
     Ok(())
 }

@@ -36,12 +36,12 @@ pub fn refusal(tree: &OwnedFd, target: &OwnedFd) -> io::Result<Option<&'static s
     }
     if fstat(target)?.st_ino == ROOT_INODE {
         let is_proc = fstatfs(tree)?.f_type == PROC_MAGIC && fstat(tree)?.st_ino == ROOT_INODE;
-        return Ok((!is_proc).then_some("it would hide procfs"));
+        return Ok((!is_proc).then_some("it would hide /proc and is not of type proc"));
     }
     // By the guest's own procfs, which no container sees.
     let path = std::fs::read_link(format!("/proc/self/fd/{}", target.as_raw_fd()))?;
     let replaceable = REPLACEABLE
         .iter()
         .any(|name| path.ends_with(Path::new("proc").join(name)));
-    Ok((!replaceable).then_some("it is inside procfs"))
+    Ok((!replaceable).then_some("it is inside /proc"))
 }

@@ -27,6 +27,8 @@ const FDS_MAX: usize = 16;
 /// What a stage is to do.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Request {
+    /// The container's id.
+    pub container: String,
     /// A new container or another process in one.
     pub task: Task,
     /// The process to run at the end.
@@ -304,6 +306,7 @@ mod tests {
         let stage = Channel::new(stage);
         let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         let request = Request {
+            container: "c".into(),
             task: Task::Join,
             process: Process::default(),
             seccomp: None,

@@ -181,12 +181,7 @@ fn mask(root: &Root, path: &Path) -> io::Result<()> {
 fn existing(root: &Root, path: &Path) -> io::Result<Option<OwnedFd>> {
     match root.handle(path) {
         Ok(handle) => Ok(Some(handle)),
-        Err(error)
-            if error.kind() == io::ErrorKind::NotFound
-                || error.raw_os_error() == Some(libc::ENOTDIR) =>
-        {
-            Ok(None)
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
 }

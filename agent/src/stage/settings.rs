@@ -1,6 +1,6 @@
 //! Single settings of a process and of its namespaces.
 
-use std::{fs, io, os::fd::OwnedFd};
+use std::{ffi::CString, fs, io, os::fd::OwnedFd};
 
 use nix::sys::{
     personality::Persona,
@@ -15,15 +15,36 @@ use super::{FIRST_OWN_FD, StageError, protocol::IdMappings};
 /// `KEYCTL_JOIN_SESSION_KEYRING`, keyctl(2).
 const JOIN_SESSION_KEYRING: libc::c_int = 1;
 
-/// An empty session keyring, so that the agent's keys are not the container's.
-pub fn join_session_keyring() -> Result<(), StageError> {
-    let anonymous: *const libc::c_char = std::ptr::null();
-    // SAFETY: a null name asks for a new anonymous keyring; nothing is read through it.
-    let joined = unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, anonymous) };
-    let error = io::Error::last_os_error();
-    // A kernel without keys has none to keep apart.
-    if joined < 0 && error.raw_os_error() != Some(libc::ENOSYS) {
-        return Err(StageError::system("join a new session keyring")(error));
+/// `KEYCTL_SETPERM`, keyctl(2).
+const SETPERM: libc::c_int = 5;
+
+/// Everything for who possesses it; for the user: to view, read, search and link (keyctl_setperm(3)).
+const SESSION_KEYRING_RIGHTS: libc::c_int = 0x3f1b_0000;
+
+/// The container's session keyring, empty at first and the same for all its processes, so that the
+/// agent's keys are not the container's. As runc names it, and with the search that runc grants to
+/// the user.
+pub fn join_session_keyring(container: &str) -> Result<(), StageError> {
+    let failed = StageError::system::<io::Error>("join the session keyring");
+    let Ok(name) = CString::new(format!("_ses.{container}")) else {
+        return Err(failed(io::ErrorKind::InvalidInput.into()));
+    };
+    // SAFETY: the name is a string that outlives the call.
+    let keyring = unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, name.as_ptr()) };
+    if keyring < 0 {
+        let error = io::Error::last_os_error();
+        // A kernel without keys has none to keep apart.
+        return if error.raw_os_error() == Some(libc::ENOSYS) {
+            Ok(())
+        } else {
+            Err(failed(error))
+        };
+    }
+    // SAFETY: takes numbers alone.
+    let granted =
+        unsafe { libc::syscall(libc::SYS_keyctl, SETPERM, keyring, SESSION_KEYRING_RIGHTS) };
+    if granted < 0 {
+        return Err(failed(io::Error::last_os_error()));
     }
     Ok(())
 }

@@ -23,8 +23,13 @@ struct Difference {
     /// Under Bulkhead the answer is this; `*` stands for anything.
     #[serde(default = "anything")]
     answer: String,
-    /// Only in the comparison of this name.
+    /// Under runc it is this; `*` stands for anything.
+    #[serde(default = "anything")]
+    runc: String,
+    /// Only in comparisons of this name; `*` stands for anything.
     only: Option<String>,
+    /// Not in comparisons of this name.
+    except: Option<String>,
     /// Why.
     reason: String,
 }
@@ -35,6 +40,18 @@ fn anything() -> String {
 
 /// Fails with every difference between the two reports that is not in the list.
 pub fn compare(what: &str, runc: &Report, tested: &Report) -> Result<()> {
+    let new = differences(what, runc, tested)?;
+    ensure!(
+        new.is_empty(),
+        "{what}: {} difference(s) that tests/e2e/differences.toml does not list:\n  {}",
+        new.len(),
+        new.join("\n  ")
+    );
+    Ok(())
+}
+
+/// Every difference between the two reports that is not in the list.
+pub fn differences(what: &str, runc: &Report, tested: &Report) -> Result<Vec<String>> {
     let known = known()?;
     let mut new = Vec::new();
     let mut questions: Vec<_> = runc.keys().chain(tested.keys()).collect();
@@ -46,27 +63,36 @@ pub fn compare(what: &str, runc: &Report, tested: &Report) -> Result<()> {
             runc.get(question).unwrap_or(&none),
             tested.get(question).unwrap_or(&none),
         );
-        let meant = known.difference.iter().any(|difference| {
-            matches(&difference.answer, found)
-                && difference.only.as_deref().is_none_or(|only| only == what)
-                && difference
-                    .questions
-                    .iter()
-                    .any(|pattern| matches(pattern, question))
-        });
-        if expected != found && !meant {
+        if expected != found
+            && !known
+                .difference
+                .iter()
+                .any(|one| one.covers(what, question, (expected, found)))
+        {
             new.push(format!(
                 "{question}\n    runc:   {expected}\n    tested: {found}"
             ));
         }
     }
-    ensure!(
-        new.is_empty(),
-        "{what}: {} difference(s) that tests/e2e/differences.toml does not list:\n  {}",
-        new.len(),
-        new.join("\n  ")
-    );
-    Ok(())
+    Ok(new)
+}
+
+impl Difference {
+    /// Whether these answers to the question, runc's and the other, are meant to be.
+    fn covers(&self, what: &str, question: &str, (runc, answer): (&str, &str)) -> bool {
+        // A process that is executed in addition is asked the same.
+        let question = match question.split_once(": ") {
+            Some((exec, question)) if exec.starts_with("exec ") => question,
+            _ => question,
+        };
+        let fits = |pattern: &String| matches(pattern, question);
+        let here = |only: &String| matches(only, what);
+        matches(&self.answer, answer)
+            && matches(&self.runc, runc)
+            && self.only.as_ref().is_none_or(here)
+            && !self.except.as_ref().is_some_and(here)
+            && self.questions.iter().any(fits)
+    }
 }
 
 fn known() -> Result<Known> {
@@ -82,7 +108,7 @@ fn known() -> Result<Known> {
 }
 
 /// Whether `text` fits `pattern`, in which `*` stands for any characters.
-fn matches(pattern: &str, text: &str) -> bool {
+pub fn matches(pattern: &str, text: &str) -> bool {
     let mut pieces = pattern.split('*');
     let Some(mut rest) = pieces.next().and_then(|first| text.strip_prefix(first)) else {
         return false;

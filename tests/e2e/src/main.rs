@@ -7,6 +7,7 @@
 mod bench;
 mod cases;
 mod command;
+mod configurations;
 mod ctr;
 mod differences;
 mod harness;
@@ -38,6 +39,15 @@ enum Job {
     /// Measure.
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// Run the configurations of these names under runc and under the runtime under test, and compare.
+    Configuration {
+        /// `*` stands for anything; `generated-SEED-*` are those of another seed.
+        #[arg(required = true)]
+        names: Vec<String>,
+        /// The runtime under test.
+        #[arg(long, default_value = ctr::BULKHEAD)]
+        runtime: String,
+    },
     /// Print the tests with what each needs, one JSON object a line.
     List,
     /// Report what is found inside a container.
@@ -50,6 +60,9 @@ fn main() -> ExitCode {
     let result = match &cli.job {
         Some(Job::Bench(bench)) => bench::run(bench),
         Some(Job::Probe(probe)) => probe::run(probe),
+        Some(Job::Configuration { names, runtime }) => {
+            configurations::named(names).and_then(|found| configurations::run(runtime, found))
+        }
         Some(Job::List) => {
             harness::list(&cli.runtime);
             Ok(())

@@ -4,6 +4,7 @@ mod apparmor;
 mod apps;
 mod basic;
 mod check;
+mod configurations;
 mod crash;
 mod escapes;
 mod failures;
@@ -96,6 +97,7 @@ pub fn all() -> Vec<Case> {
         lifecycle::cases(),
         parity::cases(),
         escapes::cases(),
+        configurations::cases(),
         jail::cases(),
         apparmor::cases(),
         neighbours::cases(),

@@ -2,10 +2,14 @@
 //!
 //! The tests start it under runc and under the runtime under test, and compare the reports.
 
+mod abi;
 mod data;
+mod identity;
 mod intruder;
 mod metadata;
 mod names;
+mod protection;
+mod scheduling;
 mod spec;
 mod stream;
 mod syscalls;
@@ -118,6 +122,14 @@ fn outcome<T, E: Into<std::io::Error>>(result: Result<T, E>) -> String {
     match result {
         Ok(_) => "ok".into(),
         Err(error) => errno_name(&error.into()),
+    }
+}
+
+/// What a file says, or why it cannot be read.
+fn text(path: impl AsRef<Path>) -> String {
+    match std::fs::read_to_string(path) {
+        Ok(text) => text.trim_end().to_owned(),
+        Err(error) => errno_name(&error),
     }
 }
 

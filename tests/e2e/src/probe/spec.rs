@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::{Report, outcome, syscalls};
+use super::{Report, abi, errno_name, identity, outcome, protection, scheduling, syscalls, text};
 
 /// Lines of /proc/self/status that the set-up decides.
 const STATUS: [&str; 19] = [
@@ -31,26 +31,8 @@ const STATUS: [&str; 19] = [
     "Threads",
 ];
 
-/// Files that a container must not be able to write, or that tell whether it is privileged. They
-/// are opened for writing, and nothing is written.
-const WRITABLE: [&str; 13] = [
-    "/etc/hostname",
-    "/proc/sysrq-trigger",
-    "/proc/sys/kernel/panic",
-    "/proc/sys/vm/drop_caches",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/timer_list",
-    "/proc/irq/0/smp_affinity",
-    "/sys/kernel/uevent_helper",
-    "/sys/fs/cgroup/cgroup.procs",
-    "/sys/firmware",
-    "/dev/null",
-    "/dev/kmsg",
-];
-
 /// Settings that programs read.
-const SETTINGS: [&str; 18] = [
+const SETTINGS: [&str; 32] = [
     "/proc/sys/fs/file-max",
     "/proc/sys/fs/nr_open",
     "/proc/sys/fs/pipe-max-size",
@@ -63,6 +45,20 @@ const SETTINGS: [&str; 18] = [
     "/proc/sys/kernel/shmall",
     "/proc/sys/kernel/sem",
     "/proc/sys/kernel/msgmax",
+    "/proc/sys/kernel/msgmnb",
+    "/proc/sys/kernel/msgmni",
+    "/proc/sys/kernel/shmmni",
+    "/proc/sys/kernel/shm_rmid_forced",
+    "/proc/sys/kernel/cap_last_cap",
+    "/proc/sys/kernel/ngroups_max",
+    "/proc/sys/fs/mqueue/msgsize_max",
+    "/proc/sys/fs/mqueue/queues_max",
+    "/proc/sys/fs/protected_hardlinks",
+    "/proc/sys/fs/protected_symlinks",
+    "/proc/sys/fs/suid_dumpable",
+    "/proc/sys/net/ipv4/ip_forward",
+    "/proc/sys/net/ipv4/tcp_syncookies",
+    "/proc/sys/net/ipv4/ip_local_port_range",
     "/proc/sys/kernel/unprivileged_bpf_disabled",
     "/proc/sys/vm/max_map_count",
     "/proc/sys/vm/overcommit_memory",
@@ -71,20 +67,9 @@ const SETTINGS: [&str; 18] = [
     "/proc/sys/net/ipv4/ping_group_range",
 ];
 
-/// Controls of the container's cgroup.
-const CONTROLS: [&str; 12] = [
-    "cgroup.controllers",
-    "cgroup.subtree_control",
-    "cgroup.type",
-    "cpu.max",
-    "cpu.weight",
-    "cpuset.cpus",
-    "cpuset.mems",
-    "memory.max",
-    "memory.low",
-    "memory.swap.max",
-    "pids.max",
-    "io.weight",
+/// Parts of names of the cgroup's files that hold what happens instead of what was set.
+const MEASURED: [&str; 7] = [
+    "stat", "current", "events", "pressure", "peak", "procs", "threads",
 ];
 
 /// Looks at everything.
@@ -97,27 +82,17 @@ pub(super) fn report() -> Result<Report> {
     devices(Path::new("/dev"), &mut report)?;
     cgroup(&mut report)?;
     network(&mut report)?;
-    for path in WRITABLE {
-        let opened = OpenOptions::new()
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path);
-        report.insert(format!("write.{path}"), outcome(opened));
-    }
-    let created = fs::write("/created-by-the-probe", "x");
-    report.insert("create in /".into(), outcome(created));
+    identity::ask(&mut report)?;
+    scheduling::ask(&mut report);
+    protection::ask(&mut report);
     for path in SETTINGS {
         report.insert(format!("setting.{path}"), text(path));
     }
+    terminal(&mut report);
+    abi::ask(&mut report);
+    // Last: it opens descriptors.
     syscalls::ask(&mut report);
     Ok(report)
-}
-
-fn text(path: impl AsRef<Path>) -> String {
-    match fs::read_to_string(path) {
-        Ok(text) => text.trim_end().to_owned(),
-        Err(error) => super::errno_name(&error),
-    }
 }
 
 /// Open descriptors: none may come along from the runtime.
@@ -145,9 +120,17 @@ fn descriptors(report: &mut Report) -> Result<()> {
             "file"
         };
         let (mode, uid, gid) = (metadata.mode() & 0o7777, metadata.uid(), metadata.gid());
+        // The numbers of pipes and sockets are chance.
+        let target = link(&path);
+        let target = target.split('[').next().unwrap_or_default();
+        let information = text(format!("/proc/self/fdinfo/{number}"));
+        let flags = information
+            .lines()
+            .find_map(|line| line.strip_prefix("flags:"))
+            .map_or("unknown", str::trim);
         report.insert(
             format!("fd.{number}"),
-            format!("{what} {mode:o} {uid}:{gid}"),
+            format!("{what} {mode:o} {uid}:{gid} {target} flags {flags}"),
         );
         // Programs log to /dev/stdout by its name.
         if number != "0" {
@@ -187,28 +170,11 @@ fn process(report: &mut Report) -> Result<()> {
             value.display().to_string(),
         );
     }
-    for entry in fs::read_dir("/proc/self/ns")? {
-        report.insert(
-            format!("namespace.{}", entry?.file_name().display()),
-            "there".into(),
-        );
-    }
     let mut note = |name: &str, value: String| report.insert(name.to_owned(), value);
     note("cwd", std::env::current_dir()?.display().to_string());
     note("oom_score_adj", text("/proc/self/oom_score_adj"));
-    note("personality", text("/proc/self/personality"));
-    note(
-        "schedule",
-        text("/proc/self/sched")
-            .lines()
-            .filter(|line| line.starts_with("policy") || line.starts_with("prio"))
-            .collect::<Vec<_>>()
-            .join(" ")
-            .split_whitespace()
-            .collect::<Vec<_>>()
-            .join(" "),
-    );
-    note("apparmor", text("/proc/self/attr/apparmor/current"));
+    note("root directory", link("/proc/self/root"));
+    note("affinity", affinity());
     let system = rustix::system::uname();
     note(
         "uname.sysname",
@@ -271,6 +237,12 @@ fn mounts(report: &mut Report) -> Result<()> {
         note("type", kind);
         note("source", source);
         note("superblock", superblock);
+        let found = fs::metadata(target).map(|found| {
+            let (mode, uid, gid) = (found.mode(), found.uid(), found.gid());
+            format!("{mode:o} {uid}:{gid}")
+        });
+        let found = found.unwrap_or_else(|error| errno_name(&error));
+        note("owner", &found);
         order.push(*target);
     }
     report.insert("mount order".into(), order.join(" "));
@@ -308,17 +280,17 @@ fn devices(directory: &Path, report: &mut Report) -> Result<()> {
 fn cgroup(report: &mut Report) -> Result<()> {
     report.insert("cgroup".into(), text("/proc/self/cgroup"));
     let directory = Path::new("/sys/fs/cgroup");
-    for name in CONTROLS {
-        report.insert(format!("cgroup.{name}"), text(directory.join(name)));
-    }
     let Ok(listing) = fs::read_dir(directory) else {
         return Ok(());
     };
     for entry in listing {
-        report.insert(
-            format!("cgroup file {}", entry?.file_name().display()),
-            "there".into(),
-        );
+        let entry = entry?;
+        let name = entry.file_name().display().to_string();
+        let decided = !MEASURED.iter().any(|word| name.contains(word));
+        if decided && entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            report.insert(format!("cgroup.{name}"), text(entry.path()));
+        }
+        report.insert(format!("cgroup file {name}"), "there".into());
     }
     Ok(())
 }
@@ -340,4 +312,46 @@ fn network(report: &mut Report) -> Result<()> {
     }
     report.insert("routes".into(), text("/proc/net/route"));
     Ok(())
+}
+
+/// What a symbolic link says, or why it cannot be read.
+fn link(path: impl AsRef<Path>) -> String {
+    match fs::read_link(path) {
+        Ok(target) => target.display().to_string(),
+        Err(error) => errno_name(&error),
+    }
+}
+
+/// The CPUs on which it may run.
+fn affinity() -> String {
+    let set = match rustix::thread::sched_getaffinity(None) {
+        Ok(set) => set,
+        Err(error) => return errno_name(&error.into()),
+    };
+    let cpus = (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu));
+    let cpus: Vec<_> = cpus.map(|cpu| cpu.to_string()).collect();
+    cpus.join(" ")
+}
+
+/// Whether there is a terminal, its size, and whether this process is in its foreground.
+fn terminal(report: &mut Report) {
+    let streams = [
+        ("stdin", rustix::stdio::stdin()),
+        ("stdout", rustix::stdio::stdout()),
+        ("stderr", rustix::stdio::stderr()),
+    ];
+    for (name, stream) in streams {
+        let size = rustix::termios::tcgetwinsize(stream);
+        let answer = match size {
+            Ok(size) => format!("{} rows, {} columns", size.ws_row, size.ws_col),
+            Err(error) => errno_name(&error.into()),
+        };
+        report.insert(format!("terminal.{name}"), answer);
+    }
+    let foreground = rustix::termios::tcgetpgrp(rustix::stdio::stdin());
+    let answer = match foreground {
+        Ok(group) => (group == rustix::process::getpgrp()).to_string(),
+        Err(error) => errno_name(&error.into()),
+    };
+    report.insert("terminal.foreground".into(), answer);
 }
