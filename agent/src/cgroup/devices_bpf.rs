@@ -85,7 +85,7 @@ struct Rule {
 
 /// What every container may do, whatever the spec says: make any node, and use the devices
 /// that every container has.
-const DEFAULT_ALLOWED: [(i32, Option<i32>, Option<i32>, i32); 10] = [
+const DEFAULT_ALLOWED: [(i32, Option<i32>, Option<i32>, i32); 11] = [
     (DEV_CHAR, None, None, ACCESS_MKNOD),
     (DEV_BLOCK, None, None, ACCESS_MKNOD),
     (DEV_CHAR, Some(1), Some(3), ACCESS_ALL),
@@ -95,6 +95,7 @@ const DEFAULT_ALLOWED: [(i32, Option<i32>, Option<i32>, i32); 10] = [
     (DEV_CHAR, Some(1), Some(9), ACCESS_ALL),
     (DEV_CHAR, Some(5), Some(0), ACCESS_ALL),
     (DEV_CHAR, Some(5), Some(2), ACCESS_ALL),
+    (DEV_CHAR, Some(10), Some(200), ACCESS_ALL),
     (DEV_CHAR, Some(136), None, ACCESS_ALL),
 ];
 

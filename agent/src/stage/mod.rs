@@ -20,6 +20,7 @@ mod rootfs;
 pub mod scheduling;
 pub mod seccomp;
 mod settings;
+mod unknown_calls;
 mod users;
 
 use std::{

@@ -74,6 +74,11 @@ impl Attributes {
         self.set & ATTR_RDONLY != 0
     }
 
+    /// Leaves writable what it would make read-only.
+    pub fn keep_writable(&mut self) {
+        self.set &= !ATTR_RDONLY;
+    }
+
     /// Only a change of propagation, as `MS_PRIVATE` and the like.
     pub fn propagation(flag: libc::c_ulong) -> Self {
         Self {

@@ -69,11 +69,26 @@ pub fn own_ids(mount: &Mount) -> Option<IdMappings> {
     })
 }
 
+/// Whether a mount is made read-only only when all is made: there are mount points to be made in
+/// it, device nodes, and what a tmpfs covers.
+pub fn becomes_read_only(mount: &Mount) -> bool {
+    let options = options(mount);
+    let filled = mount.typ().as_deref() == Some("tmpfs")
+        || mount
+            .destination()
+            .components()
+            .eq(Path::new("/dev").components());
+    filled && !options.remount && options.attributes.is_read_only()
+}
+
 /// Makes one mount of the spec inside the root. `source` is the detached tree of a bind mount.
 pub fn make(root: &Root, mount: &Mount, source: Option<OwnedFd>) -> Result<(), StageError> {
     let destination = mount.destination();
     let failed = |what: &str| StageError::system(format!("{what} {}", destination.display()));
     let mut options = options(mount);
+    if becomes_read_only(mount) {
+        options.attributes.keep_writable();
+    }
     if options.remount {
         return change(root, mount, &options).map_err(failed("remount"));
     }
@@ -172,8 +187,7 @@ fn new_file_system(
     fsconfig_set_string(context.as_fd(), "source", source)?;
     configure(context.as_fd(), options)?;
     // As mount(2) with MS_RDONLY does: the file system itself is read-only, not just this mount.
-    // What is copied up must be written first.
-    if options.attributes.is_read_only() && !options.copy_up {
+    if options.attributes.is_read_only() {
         fsconfig_set_flag(context.as_fd(), "ro")?;
     }
     fsconfig_create(context.as_fd())?;

@@ -116,6 +116,15 @@ fn pivot(root: &Root) -> Result<(), StageError> {
 /// writability.
 pub fn finish(create: &CreateTask) -> Result<(), StageError> {
     let root = Root::own().map_err(StageError::system("open the root"))?;
+    for mount in create.spec.mounts().iter().flatten() {
+        if mounts::becomes_read_only(mount) {
+            let destination = mount.destination();
+            let failed = StageError::system(format!("make {} read-only", destination.display()));
+            root.handle(destination)
+                .and_then(|mount| Attributes::READ_ONLY.apply(mount.as_fd(), false))
+                .map_err(failed)?;
+        }
+    }
     let empty = vec![];
     let Some(linux) = create.spec.linux() else {
         return Ok(());

@@ -16,7 +16,7 @@ use oci_spec::runtime::{
     LinuxSeccompOperator, LinuxSyscall,
 };
 
-use super::StageError;
+use super::{StageError, unknown_calls};
 
 // include/uapi/linux/seccomp.h
 const SET_MODE_FILTER: libc::c_uint = 1;
@@ -53,8 +53,10 @@ impl Filter {
             .iter()
             .flatten()
             .fold(0, |all, flag| all | bit(*flag));
+        let mut instructions = unknown_calls::instructions(spec);
+        instructions.extend(export(&context)?);
         Ok(Self {
-            instructions: export(&context)?,
+            instructions,
             flags,
         })
     }

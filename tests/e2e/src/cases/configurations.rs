@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{Case, Setting, case};
+use super::{Case, Setting, bulkhead, case};
 use crate::configurations::{self, Theme};
 
 pub fn cases() -> Vec<Case> {
@@ -35,8 +35,16 @@ pub fn cases() -> Vec<Case> {
             same(setting, Theme::Generated)
         })
         .long(),
+        case("namespaces are configured as under runc", |setting| {
+            same(setting, Theme::Namespaces)
+        })
+        .long(),
         case("what runc refuses is refused", |setting| {
             same(setting, Theme::Refused)
+        })
+        .long(),
+        bulkhead("what a VM cannot do is refused by name", |setting| {
+            same(setting, Theme::Unsupported)
         })
         .long(),
     ]

@@ -6,6 +6,7 @@ mod disk;
 mod generated;
 mod isolation;
 mod mounts;
+mod namespaces;
 mod observe;
 mod patch;
 mod process;
@@ -14,7 +15,7 @@ mod refused;
 mod resources;
 mod run;
 mod seccomp;
-mod undecided;
+mod unsupported;
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
@@ -44,8 +45,10 @@ pub enum Theme {
     Generated,
     /// What cannot be run.
     Refused,
-    /// What the agent does not apply yet and says so.
-    Undecided,
+    /// User and time namespaces.
+    Namespaces,
+    /// What cannot be run in a VM.
+    Unsupported,
 }
 
 /// A `config.json`, but for what differs from run to run: the root's path, the cgroup, the pod.
@@ -103,7 +106,8 @@ pub fn all() -> Result<Vec<Configuration>> {
     all.extend(resources::all()?);
     all.extend(seccomp::all()?);
     all.extend(refused::all()?);
-    all.extend(undecided::all()?);
+    all.extend(namespaces::all()?);
+    all.extend(unsupported::all()?);
     all.extend(generated::all(SEED)?);
     Ok(all)
 }

@@ -1,5 +1,4 @@
-//! What runc applies and the agent refuses so far: user and time namespaces and what comes with them.
-//! No test runs these; they can be run by their names.
+//! User and time namespaces, and what else the set-up of a process takes from outside them.
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -9,7 +8,7 @@ use super::{Configuration, Theme, base};
 pub(super) fn all() -> Result<Vec<Configuration>> {
     let base = base::containerd()?;
     let new =
-        |name: &str, changes: Value| Configuration::new(Theme::Undecided, name, &base, &changes);
+        |name: &str, changes: Value| Configuration::new(Theme::Namespaces, name, &base, &changes);
     let mapping = |container: u32, host: u32, size: u32| json!({ "containerID": container, "hostID": host, "size": size });
     let user = |name: &str, uids: Value, gids: Value| {
         new(
