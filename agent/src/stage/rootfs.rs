@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-use oci_spec::runtime::{Linux, Spec};
+use oci_spec::runtime::{Linux, Mount, Spec};
 use rustix::{
     fs::OFlags,
     mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount},
@@ -23,19 +23,21 @@ use super::{
 };
 use crate::spec::has_bound_dev;
 
-/// Where the root file system is mounted until it is the root. Any directory of the guest will do:
-/// all that is taken from the guest is in [`Sources`] by then.
-const STAGING: &str = "/run";
+/// Where the root file system is mounted until it is the root: any directory of the guest in which
+/// nothing is looked for any more.
+const STAGING: &str = "/sys";
 
 /// Where prepared devices are mounted meanwhile: a detached file system has nothing to bind.
 const DEVICES: &str = "/tmp";
 
-/// What comes from outside the container. Taken by the stage, because the new process may have
-/// no rights outside its user namespace.
+/// What comes from outside the container. With a user namespace it is taken by the stage, because
+/// the new process has no rights outside; so are mounts with mapped ids, whose user namespace is
+/// made with the help of the guest's procfs.
 #[derive(Debug)]
 pub struct Sources {
     root: OwnedFd,
-    /// Detached mounts for the spec's bind mounts, by index.
+    /// Detached mounts for the spec's bind mounts, by index. Any other is made in its turn: the
+    /// table of mounts is in the order in which they are made.
     binds: HashMap<usize, OwnedFd>,
     /// A file system of device nodes, where the new process cannot make them.
     devices: Option<OwnedFd>,
@@ -48,9 +50,8 @@ impl Sources {
         let root = mounts::clone_path(&create.rootfs, true).map_err(failed(&create.rootfs))?;
         let mut binds = HashMap::new();
         for (index, mount) in create.spec.mounts().iter().flatten().enumerate() {
-            if let Some(path) = create.binds.get(&index) {
-                let recursive = mounts::is_recursive(mount);
-                let tree = mounts::clone_path(path, recursive).map_err(failed(path))?;
+            let taken = users.is_some() || mounts::own_ids(mount).is_some();
+            if taken && let Some(tree) = bound_tree(create, index, mount)? {
                 mounts::map_ids(&tree, mount, users)?;
                 binds.insert(index, tree);
             }
@@ -69,6 +70,20 @@ impl Sources {
     }
 }
 
+/// A detached mount of what a bind mount shows.
+fn bound_tree(
+    create: &CreateTask,
+    index: usize,
+    mount: &Mount,
+) -> Result<Option<OwnedFd>, StageError> {
+    let Some(path) = create.binds.get(&index) else {
+        return Ok(None);
+    };
+    let tree = mounts::clone_path(path, mounts::is_recursive(mount))
+        .map_err(StageError::system(format!("clone {}", path.display())))?;
+    Ok(Some(tree))
+}
+
 /// Builds the root file system and makes it this process's root. The mount namespace is new.
 pub fn enter(create: &CreateTask, mut sources: Sources) -> Result<(), StageError> {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -76,7 +91,11 @@ pub fn enter(create: &CreateTask, mut sources: Sources) -> Result<(), StageError
     attach(&sources.root, STAGING)?;
     let root = Root::new(sources.root);
     for (index, mount) in create.spec.mounts().iter().flatten().enumerate() {
-        mounts::make(&root, mount, sources.binds.remove(&index))?;
+        let source = match sources.binds.remove(&index) {
+            None => bound_tree(create, index, mount)?,
+            taken => taken,
+        };
+        mounts::make(&root, mount, source)?;
     }
     if !has_bound_dev(&create.spec) {
         if let Some(devices) = &sources.devices {
