@@ -136,11 +136,12 @@ pub fn files(resources: &LinuxResources) -> Vec<(String, String)> {
     if let Some(io) = resources.block_io() {
         io_files(io, &mut files);
     }
+    // Pages in use, and pages promised to mappings.
     for limit in resources.hugepage_limits().iter().flatten() {
-        files.add(
-            format!("hugetlb.{}.max", limit.page_size()),
-            max_or(limit.limit()),
-        );
+        for kind in ["", "rsvd."] {
+            let file = format!("hugetlb.{}.{kind}max", limit.page_size());
+            files.add(file, max_or(limit.limit()));
+        }
     }
     for (file, value) in resources.unified().iter().flatten() {
         files.add(file, value);

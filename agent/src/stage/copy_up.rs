@@ -21,8 +21,8 @@ const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::CLOEXEC);
 
-/// Copies what is in one directory into another, with owners, modes and times. Links are copied
-/// and never followed, so nothing outside the source is read.
+/// Copies what is in one directory into another, with owners, modes and times; the other keeps its
+/// own. Links are copied and never followed, so nothing outside the source is read.
 pub fn copy_up(source: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
     // Modes are meant as they are in the source.
     let umask = rustix::process::umask(Mode::empty());
@@ -74,7 +74,7 @@ fn copy_directory(source: BorrowedFd<'_>, target: BorrowedFd<'_>, depth: u32) ->
             }
         }
     }
-    take_over(target, &fstat(source)?)
+    Ok(())
 }
 
 /// Owner, then mode, since a change of owner takes the set-user-ID bit, then times.
@@ -122,7 +122,7 @@ mod tests {
         symlink("../secret", at("source/link")).unwrap();
         symlink("/", at("source/sub/up")).unwrap();
         fs::set_permissions(at("source/sub/file"), fs::Permissions::from_mode(0o4751)).unwrap();
-        fs::set_permissions(at("source"), fs::Permissions::from_mode(0o1770)).unwrap();
+        fs::set_permissions(at("source/sub"), fs::Permissions::from_mode(0o1770)).unwrap();
 
         let open = |path: &str| File::open(at(path)).unwrap();
         copy_up(open("source").as_fd(), open("target").as_fd()).unwrap();
@@ -130,7 +130,7 @@ mod tests {
         assert_eq!(fs::read_to_string(at("target/sub/file")).unwrap(), "inside");
         let mode = |path: &str| fs::symlink_metadata(at(path)).unwrap().mode() & 0o7777;
         assert_eq!(mode("target/sub/file"), 0o4751);
-        assert_eq!(mode("target"), 0o1770);
+        assert_eq!(mode("target/sub"), 0o1770);
         let link = |path: &str| fs::read_link(at(path)).unwrap();
         assert_eq!(link("target/link"), link("source/link"));
         assert_eq!(link("target/sub/up"), link("source/sub/up"));

@@ -166,8 +166,8 @@ fn serve(channel: &Channel) -> Result<(), StageError> {
 enum Place {
     /// In a new container, made from this.
     New(Sources),
-    /// In a container with this cgroup namespace.
-    Of(OwnedFd),
+    /// In a container with this cgroup namespace, if it is not the guest's.
+    Of(Option<OwnedFd>),
 }
 
 /// The new process, up to its execve.
@@ -188,7 +188,9 @@ fn run(
             new_container(create, sources)?;
         }
         (Task::Join, Place::Of(cgroup)) => {
-            namespaces::join_cgroup(cgroup.as_fd())?;
+            if let Some(cgroup) = cgroup {
+                namespaces::join_cgroup(cgroup.as_fd())?;
+            }
             begin(&request)?;
         }
         _ => return Err(StageError::Invalid("no place for the process".into())),
@@ -217,7 +219,7 @@ fn begin(request: &Request) -> Result<(), StageError> {
         namespaces::become_root()?;
     }
     rustix::process::setsid().map_err(StageError::system("start a session"))?;
-    settings::join_session_keyring(&request.container)
+    settings::join_session_keyring(&request.container, request.users.is_some())
 }
 
 /// Everything that a container has besides its process.

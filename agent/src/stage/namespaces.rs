@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{self, Read, Write},
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
 use nix::sys::wait::{WaitPidFlag, waitpid};
@@ -122,8 +122,8 @@ pub fn enter(namespace: BorrowedFd<'_>, flags: NamespaceFlags) -> Result<(), Sta
 
 /// Joins every namespace of the container but that of its cgroups, for the child that follows.
 /// From inside a cgroup namespace a child cannot be born in a cgroup of it, as this process's own
-/// cgroup is outside. Returns that namespace.
-pub fn join(init: BorrowedFd<'_>, has_users: bool) -> Result<OwnedFd, StageError> {
+/// cgroup is outside. Returns that namespace, unless it is this process's own.
+pub fn join(init: BorrowedFd<'_>, has_users: bool) -> Result<Option<OwnedFd>, StageError> {
     // Before this process loses its rights over the container's.
     // SAFETY: the request takes no argument and returns a new descriptor.
     let cgroup = unsafe { libc::ioctl(init.as_raw_fd(), PIDFD_GET_CGROUP_NAMESPACE, 0) };
@@ -135,6 +135,11 @@ pub fn join(init: BorrowedFd<'_>, has_users: bool) -> Result<OwnedFd, StageError
     }
     // SAFETY: the kernel returned a new descriptor, which nothing else owns.
     let cgroup = unsafe { OwnedFd::from_raw_fd(cgroup) };
+    let inode = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).map(|stat| stat.st_ino);
+    let own = super::open_guest("/proc/self/ns/cgroup", rustix::fs::OFlags::RDONLY)?;
+    let is_own = inode(own.as_fd())
+        .and_then(|own| Ok(own == inode(cgroup.as_fd())?))
+        .map_err(StageError::system("look at the cgroup namespaces"))?;
     let mut all = ThreadNameSpaceType::MOUNT
         | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME
         | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
@@ -147,7 +152,7 @@ pub fn join(init: BorrowedFd<'_>, has_users: bool) -> Result<OwnedFd, StageError
     }
     rustix::thread::move_into_thread_name_spaces(init, all)
         .map_err(StageError::system("join the container's namespaces"))?;
-    Ok(cgroup)
+    Ok((!is_own).then_some(cgroup))
 }
 
 /// Joins a cgroup namespace.

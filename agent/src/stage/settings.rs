@@ -18,13 +18,17 @@ const JOIN_SESSION_KEYRING: libc::c_int = 1;
 /// `KEYCTL_SETPERM`, keyctl(2).
 const SETPERM: libc::c_int = 5;
 
-/// Everything for who possesses it; for the user: to view, read, search and link (keyctl_setperm(3)).
-const SESSION_KEYRING_RIGHTS: libc::c_int = 0x3f1b_0000;
+/// Everything for who possesses it; for the user: to view, read and link (keyctl_setperm(3)).
+const SESSION_KEYRING_RIGHTS: libc::c_int = 0x3f13_0000;
+/// To search it, for the user.
+const USER_MAY_SEARCH: libc::c_int = 0x0008_0000;
+/// To search it, for everybody: in a user namespace nobody is its user.
+const OTHERS_MAY_SEARCH: libc::c_int = 0x0000_0008;
 
 /// The container's session keyring, empty at first and the same for all its processes, so that the
 /// agent's keys are not the container's. As runc names it, and with the search that runc grants to
 /// the user.
-pub fn join_session_keyring(container: &str) -> Result<(), StageError> {
+pub fn join_session_keyring(container: &str, has_users: bool) -> Result<(), StageError> {
     let failed = StageError::system::<io::Error>("join the session keyring");
     let Ok(name) = CString::new(format!("_ses.{container}")) else {
         return Err(failed(io::ErrorKind::InvalidInput.into()));
@@ -40,9 +44,14 @@ pub fn join_session_keyring(container: &str) -> Result<(), StageError> {
             Err(failed(error))
         };
     }
+    let search = if has_users {
+        OTHERS_MAY_SEARCH
+    } else {
+        USER_MAY_SEARCH
+    };
+    let rights = SESSION_KEYRING_RIGHTS | search;
     // SAFETY: takes numbers alone.
-    let granted =
-        unsafe { libc::syscall(libc::SYS_keyctl, SETPERM, keyring, SESSION_KEYRING_RIGHTS) };
+    let granted = unsafe { libc::syscall(libc::SYS_keyctl, SETPERM, keyring, rights) };
     if granted < 0 {
         return Err(failed(io::Error::last_os_error()));
     }

@@ -81,11 +81,11 @@ impl Difference {
     /// Whether these answers to the question, runc's and the other, are meant to be.
     fn covers(&self, what: &str, question: &str, (runc, answer): (&str, &str)) -> bool {
         // A process that is executed in addition is asked the same.
-        let question = match question.split_once(": ") {
-            Some((exec, question)) if exec.starts_with("exec ") => question,
+        let own = match question.split_once(": ") {
+            Some((exec, own)) if exec.starts_with("exec ") => own,
             _ => question,
         };
-        let fits = |pattern: &String| matches(pattern, question);
+        let fits = |pattern: &String| matches(pattern, own) || matches(pattern, question);
         let here = |only: &String| matches(only, what);
         matches(&self.answer, answer)
             && matches(&self.runc, runc)

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::{Configuration, Theme, base};
 
 /// How many are made of one seed.
-const COUNT: u64 = 30;
+const COUNT: u64 = 20;
 
 /// A sequence of numbers that looks random (splitmix64).
 struct Random(u64);

@@ -34,16 +34,6 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
             "linux.intelRdt",
         ),
         linux(
-            "network-devices",
-            json!({ "netDevices": { "eth7": { "name": "eth0" } } }),
-            "linux.netDevices",
-        ),
-        linux(
-            "unknown",
-            json!({ "newField": { "a": 1 } }),
-            "linux.newField",
-        ),
-        linux(
             "seccomp-notify",
             json!({ "seccomp": { "defaultAction": "SCMP_ACT_NOTIFY" } }),
             "SCMP_ACT_NOTIFY",
