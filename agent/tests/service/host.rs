@@ -16,7 +16,9 @@ use std::{
 
 use bulkhead_agent_api::{
     AGENT_PORT, STREAM_PORT, TOKEN_LEN,
-    messages::{ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest, Stdio},
+    messages::{
+        ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest, SignalRequest, Stdio,
+    },
     service::AgentClient,
 };
 use protobuf::MessageField;
@@ -178,6 +180,18 @@ impl Host {
             .unwrap();
         let left = self.dir.path().join(format!("cgroup/container-{id}"));
         assert!(!left.exists(), "cgroup left behind");
+    }
+
+    /// Kills a container and deletes it.
+    pub async fn end(&self, id: &str) {
+        let request = SignalRequest {
+            container_id: id.to_owned(),
+            signal: 9,
+            ..SignalRequest::default()
+        };
+        self.client.signal(deadline(), &request).await.unwrap();
+        assert_eq!(self.wait(id, "").await, 137);
+        self.delete(id).await;
     }
 
     /// Runs a container to its end: status, stdout and stderr.

@@ -47,12 +47,7 @@ async fn scheduling_and_personality_are_applied() {
     let exec = host.exec("c2", "e1", &process).await.unwrap();
     let (out, _) = exec.output().await;
     assert_eq!(out, "Cpus_allowed_list:\t1\n");
-    host.client
-        .signal(crate::deadline(), &crate::signal("c2", "", 9, false))
-        .await
-        .unwrap();
-    host.wait("c2", "").await;
-    host.delete("c2").await;
+    host.end("c2").await;
 }
 
 #[tokio::test]

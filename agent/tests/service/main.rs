@@ -227,12 +227,7 @@ async fn a_process_that_reads_no_stdin_does_not_matter() {
     let mut stdin = ends.stdin.take().unwrap();
     let read = tokio::io::AsyncReadExt::read_u8(&mut stdin).await;
     assert!(read.is_err(), "the agent closes a stream that nobody reads");
-    host.client
-        .signal(deadline(), &signal("c1", "", libc::SIGKILL, false))
-        .await
-        .unwrap();
-    assert_eq!(host.wait("c1", "").await, 137);
-    host.delete("c1").await;
+    host.end("c1").await;
 }
 
 #[tokio::test]
@@ -312,12 +307,7 @@ async fn an_exec_has_a_terminal_of_the_container() {
     let (out, _) = ends.output().await;
     assert_eq!(out, "/dev/pts/0\r\n33 91\r\n");
     assert_eq!(host.wait("c1", "e1").await, 3);
-    host.client
-        .signal(deadline(), &signal("c1", "", libc::SIGKILL, false))
-        .await
-        .unwrap();
-    host.wait("c1", "").await;
-    host.delete("c1").await;
+    host.end("c1").await;
 }
 
 #[tokio::test]

@@ -99,12 +99,7 @@ async fn an_exec_joins_the_user_namespace() {
     let mut ends = host.exec("c1", "e3", &process).await.unwrap();
     ends.expect("/dev/pts/").await;
     ends.expect("0\r\n").await;
-    host.client
-        .signal(crate::deadline(), &crate::signal("c1", "", 9, false))
-        .await
-        .unwrap();
-    host.wait("c1", "").await;
-    host.delete("c1").await;
+    host.end("c1").await;
 }
 
 #[tokio::test]
@@ -179,12 +174,7 @@ async fn namespaces_of_other_containers_are_joined() {
     assert_eq!(host.wait("c2", "").await, 137);
     assert_eq!(host.wait("c2", "left").await, 137);
     host.delete("c2").await;
-    host.client
-        .signal(crate::deadline(), &crate::signal("c1", "", 9, false))
-        .await
-        .unwrap();
-    host.wait("c1", "").await;
-    host.delete("c1").await;
+    host.end("c1").await;
 }
 
 #[tokio::test]
