@@ -93,7 +93,12 @@ impl Assembly<'_> {
         if options.flags.contains(MsFlags::MS_BIND) {
             let path = Path::new(&mount.source);
             let tree = tree::clone(path, options.flags.contains(MsFlags::MS_REC))?;
-            tree::confine(tree.as_fd(), path, self.namespace, options.flags)?;
+            tree::confine(
+                tree.as_fd(),
+                path,
+                self.namespace.map(AsFd::as_fd),
+                options.flags,
+            )?;
             return Ok(tree);
         }
         let place = self.place()?;
@@ -106,7 +111,12 @@ impl Assembly<'_> {
         mount_on(&mount.type_, &mount.source, &options, &place)?;
         let tree = tree::clone(&place, false)?;
         let source = Path::new(&mount.source);
-        tree::confine(tree.as_fd(), source, self.namespace, options.flags)?;
+        tree::confine(
+            tree.as_fd(),
+            source,
+            self.namespace.map(AsFd::as_fd),
+            options.flags,
+        )?;
         Ok(tree)
     }
 
@@ -160,7 +170,12 @@ impl Assembly<'_> {
     /// Attaches a directory of the host, shown by the ids of the pod.
     fn layer(&mut self, path: &Path) -> Result<PathBuf, RootfsError> {
         let tree = tree::clone(path, false)?;
-        tree::confine(tree.as_fd(), path, self.namespace, MsFlags::empty())?;
+        tree::confine(
+            tree.as_fd(),
+            path,
+            self.namespace.map(AsFd::as_fd),
+            MsFlags::empty(),
+        )?;
         let place = self.place()?;
         attach(&tree, &place)?;
         Ok(place)

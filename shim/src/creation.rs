@@ -183,9 +183,8 @@ async fn build(
     let rootfs_share = shares
         .add_rootfs(&host.pod, confinement, &neighbourhood.prefix, rootfs)
         .await?;
-    let mounts = spec.mounts.as_deref().unwrap_or_default();
     let shared_mounts = shares
-        .add_mounts(&host.pod, confinement, &neighbourhood.prefix, mounts)
+        .add_mounts(&host.pod, confinement, &neighbourhood.prefix, &spec)
         .await?;
 
     // Noted first: an answer that comes too late may still mean that it was created.

@@ -161,7 +161,12 @@ impl Rootfs {
             }
             Source::Directory(path) => {
                 let tree = tree::clone(path, true)?;
-                tree::confine(tree.as_fd(), path, Some(namespace), MsFlags::empty())?;
+                tree::confine(
+                    tree.as_fd(),
+                    path,
+                    Some(namespace.as_fd()),
+                    MsFlags::empty(),
+                )?;
                 Ok(tree)
             }
         }

@@ -6,13 +6,14 @@ use std::{
 };
 
 use bulkhead_agent_api::messages::SharedMount;
+use bulkhead_vmm_control::{IdMap, IdRange, UserNamespaceError, namespace_with};
 use nix::mount::MsFlags;
 use thiserror::Error;
 
 use crate::{
     pod::{Confinement, Pod},
     rootfs::{Rootfs, RootfsError},
-    spec::Mount,
+    spec::{IdMapping, IdMappings, Mount, Spec},
     text,
     tree::{self, TreeError},
     vmm_process::VmmError,
@@ -31,6 +32,32 @@ pub enum ShareError {
         /// What failed.
         #[source]
         source: TreeError,
+    },
+    /// Its ids are more than a pod has.
+    #[error(
+        "Cannot mount {path} on {destination} with mapped ids: {first} to {last} are not among the \
+         {count} that a pod has"
+    )]
+    Ids {
+        /// The source on the host.
+        path: PathBuf,
+        /// Where in the container.
+        destination: PathBuf,
+        /// The first id by which files are to be shown.
+        first: u32,
+        /// The last one.
+        last: u64,
+        /// How many ids a pod has.
+        count: u32,
+    },
+    /// Its ids cannot be mapped.
+    #[error("Cannot map the ids of {path}")]
+    Namespace {
+        /// The source on the host.
+        path: PathBuf,
+        /// What failed.
+        #[source]
+        source: UserNamespaceError,
     },
     /// The VMM did not take it.
     #[error("Cannot share {what} with the VM")]
@@ -82,14 +109,15 @@ impl Shares {
         pod: &Pod,
         confinement: &Confinement,
         prefix: &str,
-        mounts: &[Mount],
+        spec: &Spec,
     ) -> Result<Vec<SharedMount>, ShareError> {
+        let users = spec.user_ids();
         let mut shared = Vec::new();
-        for (index, mount) in (0u32..).zip(mounts) {
+        for (index, mount) in (0u32..).zip(spec.mounts.iter().flatten()) {
             if !mount.is_bind() {
                 continue;
             }
-            let tree = bind(confinement, mount)?;
+            let tree = bind(confinement, mount, &users)?;
             let name = format!("{prefix}-m{index}");
             let options = (mount.is_read_only(), false);
             self.add(pod, &name, tree, options, mount.source.clone())
@@ -132,13 +160,26 @@ impl Shares {
     }
 }
 
-/// The source of a bind mount, under the ids of the pod.
-fn bind(confinement: &Confinement, mount: &Mount) -> Result<OwnedFd, ShareError> {
+/// The source of a bind mount, under the ids of the pod. `users` are those of the container's user
+/// namespace.
+fn bind(
+    confinement: &Confinement,
+    mount: &Mount,
+    users: &IdMappings,
+) -> Result<OwnedFd, ShareError> {
     let path = &mount.source;
+    let mapped = match mount.mapped_ids(users) {
+        Some(ids) => Some(mapped_namespace(confinement, mount, ids)?),
+        None => None,
+    };
+    let namespace = match &mapped {
+        Some(mapped) => mapped.as_fd(),
+        None => confinement.namespace.as_fd(),
+    };
     let mut flags = MsFlags::empty();
     flags.set(MsFlags::MS_RDONLY, mount.is_read_only());
     let tree = tree::clone(path, mount.is_recursive()).and_then(|tree| {
-        tree::confine(tree.as_fd(), path, Some(&confinement.namespace), flags)?;
+        tree::confine(tree.as_fd(), path, Some(namespace), flags)?;
         Ok(tree)
     });
     tree.map_err(|source| ShareError::Source {
@@ -146,4 +187,75 @@ fn bind(confinement: &Confinement, mount: &Mount) -> Result<OwnedFd, ShareError>
         destination: mount.destination.clone(),
         source,
     })
+}
+
+/// The user namespace for a mount with mapped ids. By it the VMM sees, and the guest with it, what
+/// the mount is to show: the guest's kernel has nothing to map.
+fn mapped_namespace(
+    confinement: &Confinement,
+    mount: &Mount,
+    ids: &IdMappings,
+) -> Result<OwnedFd, ShareError> {
+    let range = confinement.namespace.range();
+    let maps = |mappings: &Option<Vec<IdMapping>>| {
+        let mappings = mappings.iter().flatten();
+        mappings
+            .map(|mapping| {
+                on_host(*mapping, range).map_err(|last| ShareError::Ids {
+                    path: mount.source.clone(),
+                    destination: mount.destination.clone(),
+                    first: mapping.host,
+                    last,
+                    count: range.count,
+                })
+            })
+            .collect::<Result<Vec<_>, _>>()
+    };
+    let (users, groups) = (maps(&ids.uid_mappings)?, maps(&ids.gid_mappings)?);
+    namespace_with(&users, &groups).map_err(|source| ShareError::Namespace {
+        path: mount.source.clone(),
+        source,
+    })
+}
+
+/// What is to be an id of the guest is one of the host's that the pod has; or else the last id that
+/// it would need.
+fn on_host(mapping: IdMapping, range: IdRange) -> Result<IdMap, u64> {
+    let end = u64::from(mapping.host) + u64::from(mapping.size);
+    match range.first.checked_add(mapping.host) {
+        Some(outside) if end <= u64::from(range.count) => Ok(IdMap {
+            inside: mapping.container,
+            outside,
+            count: mapping.size,
+        }),
+        _ => Err(end.saturating_sub(1)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mapped_ids_stay_among_the_pods() {
+        let range = IdRange {
+            first: 1_000_000,
+            count: 262_144,
+        };
+        let mapping = |container, host, size| IdMapping {
+            container,
+            host,
+            size,
+        };
+        let map = IdMap {
+            inside: 5,
+            outside: 1_100_000,
+            count: 65_536,
+        };
+        assert_eq!(on_host(mapping(5, 100_000, 65_536), range), Ok(map));
+        assert!(on_host(mapping(0, 262_143, 1), range).is_ok());
+        assert_eq!(on_host(mapping(0, 262_143, 2), range), Err(262_144));
+        let beyond = u64::from(u32::MAX) * 2 - 1;
+        assert_eq!(on_host(mapping(0, u32::MAX, u32::MAX), range), Err(beyond));
+    }
 }

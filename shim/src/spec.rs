@@ -86,6 +86,43 @@ pub struct Mount {
     pub source: PathBuf,
     /// Options in the style of fstab(5).
     pub options: Option<Vec<String>>,
+    /// Users of a mount with mapped ids.
+    #[serde(flatten)]
+    pub ids: IdMappings,
+}
+
+/// `uidMappings` and `gidMappings`, of a mount or of the container's user namespace
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct IdMappings {
+    /// Of users.
+    #[serde(default)]
+    pub uid_mappings: Option<Vec<IdMapping>>,
+    /// Of groups.
+    #[serde(default)]
+    pub gid_mappings: Option<Vec<IdMapping>>,
+}
+
+impl IdMappings {
+    /// Whether there are any.
+    pub fn is_empty(&self) -> bool {
+        let empty = |list: &Option<Vec<_>>| list.as_ref().is_none_or(Vec::is_empty);
+        empty(&self.uid_mappings) && empty(&self.gid_mappings)
+    }
+}
+
+/// An element of `uidMappings` or `gidMappings`
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct IdMapping {
+    /// The first id inside, or of the mounted file system.
+    #[serde(rename = "containerID")]
+    pub container: u32,
+    /// The first id outside, or by which a mount shows them.
+    #[serde(rename = "hostID")]
+    pub host: u32,
+    /// How many.
+    pub size: u32,
 }
 
 impl Mount {
@@ -103,6 +140,15 @@ impl Mount {
     /// Whether mounts below the source come along.
     pub fn is_recursive(&self) -> bool {
         self.has("rbind")
+    }
+
+    /// By what ids it shows its files, if not by their own: its own mappings, or those of the
+    /// container's user namespace, `users`.
+    pub fn mapped_ids<'a>(&'a self, users: &'a IdMappings) -> Option<&'a IdMappings> {
+        if !self.ids.is_empty() {
+            return Some(&self.ids);
+        }
+        (self.has("idmap") || self.has("ridmap")).then_some(users)
     }
 
     /// Whether the container must not write to it.
@@ -151,6 +197,9 @@ pub struct Linux {
     pub namespaces: Option<Vec<Namespace>>,
     /// Limits.
     pub resources: Option<LinuxResources>,
+    /// Of the container's user namespace.
+    #[serde(flatten)]
+    pub ids: IdMappings,
 }
 
 /// `linux.resources`
@@ -278,6 +327,12 @@ impl Spec {
         Ok(id.to_owned())
     }
 
+    /// Ids of the container's user namespace; empty when it has none.
+    pub fn user_ids(&self) -> IdMappings {
+        let linux = self.linux.as_ref();
+        linux.map(|linux| linux.ids.clone()).unwrap_or_default()
+    }
+
     /// `linux.cgroupsPath`, empty when not given.
     pub fn cgroups_path(&self) -> &str {
         self.linux
@@ -370,6 +425,25 @@ mod tests {
         );
         let found: Vec<_> = spec.namespaces_of_processes().collect();
         assert_eq!(found, [("pid", 12)]);
+    }
+
+    #[test]
+    fn mounts_have_ids_of_their_own_or_of_the_user_namespace() {
+        let spec = spec(
+            r#"{"mounts":[
+                {"destination":"/a","type":"bind","source":"/a","options":["ridmap"]},
+                {"destination":"/b","type":"bind","source":"/b",
+                 "uidMappings":[{"containerID":0,"hostID":7,"size":1}]},
+                {"destination":"/c","type":"bind","source":"/c"}],
+                "linux":{"uidMappings":[{"containerID":0,"hostID":9,"size":1}]}}"#,
+        );
+        let users = spec.user_ids();
+        let first = |mount: &Mount| {
+            let ids = mount.mapped_ids(&users)?.uid_mappings.clone()?;
+            Some(ids[0].host)
+        };
+        let found: Vec<_> = spec.mounts.as_ref().unwrap().iter().map(first).collect();
+        assert_eq!(found, [Some(9), Some(7), None]);
     }
 
     #[test]

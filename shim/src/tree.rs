@@ -2,11 +2,10 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
-use bulkhead_vmm_control::UserNamespace;
 use nix::mount::MsFlags;
 use rustix::{
     fs::CWD,
@@ -57,7 +56,7 @@ pub fn clone(path: &Path, recursive: bool) -> Result<OwnedFd, TreeError> {
 pub fn confine(
     tree: BorrowedFd<'_>,
     path: &Path,
-    namespace: Option<&UserNamespace>,
+    namespace: Option<BorrowedFd<'_>>,
     flags: MsFlags,
 ) -> Result<(), TreeError> {
     let mut attributes = libc::mount_attr {
@@ -71,7 +70,7 @@ pub fn confine(
     }
     if let Some(namespace) = namespace {
         attributes.attr_set |= libc::MOUNT_ATTR_IDMAP;
-        attributes.userns_fd = u64::from(namespace.as_fd().as_raw_fd().unsigned_abs());
+        attributes.userns_fd = u64::from(namespace.as_raw_fd().unsigned_abs());
     }
     set_attributes(tree, &attributes).map_err(|source| TreeError::Map {
         path: path.to_owned(),

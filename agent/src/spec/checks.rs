@@ -158,7 +158,7 @@ fn check_mapped_mount(
 ) -> Result<(), SpecError> {
     let (uids, gids) = (mount.uid_mappings(), mount.gid_mappings());
     let own = listed(uids) || listed(gids);
-    if !own && options.idmap.is_none() {
+    if !own && !options.idmap {
         return Ok(());
     }
     if !is_bind(mount) {

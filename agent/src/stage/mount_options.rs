@@ -16,7 +16,6 @@ const ATTR_RELATIME: u64 = 0x00;
 const ATTR_NOATIME: u64 = 0x10;
 const ATTR_STRICTATIME: u64 = 0x20;
 const ATTR_NODIRATIME: u64 = 0x80;
-const ATTR_IDMAP: u64 = 0x10_0000;
 const ATTR_NOSYMFOLLOW: u64 = 0x20_0000;
 
 /// Options that change a mount's attributes: name, bits to set, bits to clear.
@@ -59,15 +58,6 @@ impl Attributes {
         propagation: 0,
         user_namespace: 0,
     };
-
-    /// Only the ids, as in this user namespace. The change works on detached mounts only.
-    pub fn ids(user_namespace: BorrowedFd<'_>) -> Self {
-        Self {
-            set: ATTR_IDMAP,
-            user_namespace: u64::from(user_namespace.as_raw_fd().unsigned_abs()),
-            ..Self::default()
-        }
-    }
 
     /// Whether it makes something read-only.
     pub fn is_read_only(&self) -> bool {
@@ -123,8 +113,8 @@ impl Attributes {
 pub struct MountOptions {
     /// A bind mount; with `Some(true)` of everything below the source as well.
     pub bind: Option<bool>,
-    /// A bind mount with mapped ids; with `Some(true)` of all mounts below it as well.
-    pub idmap: Option<bool>,
+    /// A bind mount with the ids of the container's user namespace, which the host maps.
+    pub idmap: bool,
     /// A tmpfs that begins with a copy of what it hides.
     pub copy_up: bool,
     /// A change of the mount that is there.
@@ -169,8 +159,7 @@ impl MountOptions {
         match option {
             "bind" => self.bind = Some(self.bind.unwrap_or(false)),
             "rbind" => self.bind = Some(true),
-            "idmap" => self.idmap = Some(false),
-            "ridmap" => self.idmap = Some(true),
+            "idmap" | "ridmap" => self.idmap = true,
             "tmpcopyup" => self.copy_up = true,
             "remount" => self.remount = true,
             "defaults" | "async" | "loud" | "silent" => {}
@@ -257,8 +246,7 @@ mod tests {
     #[test]
     fn what_is_done_once_is_no_data() {
         let parsed = parse(&["tmpcopyup", "remount", "ridmap", "rnosymfollow", "acl"]);
-        assert!(parsed.copy_up && parsed.remount);
-        assert_eq!(parsed.idmap, Some(true));
+        assert!(parsed.copy_up && parsed.remount && parsed.idmap);
         assert_eq!(parsed.recursive.set, ATTR_NOSYMFOLLOW);
         assert_eq!(parsed.data, []);
     }

@@ -15,7 +15,7 @@ use rustix::mount::{
 };
 
 pub use super::mount_options::{Attributes, MountOptions, propagation};
-use super::{StageError, copy_up::copy_up, namespaces, proc, protocol::IdMappings, root::Root};
+use super::{StageError, copy_up::copy_up, proc, root::Root};
 
 /// Whether a mount takes its files from somewhere else instead of making a file system.
 pub fn is_bind(mount: &Mount) -> bool {
@@ -34,39 +34,6 @@ pub fn is_recursive(mount: &Mount) -> bool {
 /// The options of a mount, sorted.
 pub fn options(mount: &Mount) -> MountOptions {
     MountOptions::parse(mount.options().as_deref().unwrap_or_default())
-}
-
-/// Maps the ids of a bind mount as it asks for: by mappings of its own, or else those of the
-/// container's user namespace.
-pub fn map_ids(
-    tree: &OwnedFd,
-    mount: &Mount,
-    users: Option<&IdMappings>,
-) -> Result<(), StageError> {
-    let idmap = options(mount).idmap;
-    let own = own_ids(mount);
-    let Some(ids) = own.as_ref().or(users.filter(|_| idmap.is_some())) else {
-        return Ok(());
-    };
-    let namespace = namespaces::user_namespace(ids)?;
-    Attributes::ids(namespace.as_fd())
-        .apply(tree.as_fd(), idmap == Some(true))
-        .map_err(StageError::system(format!(
-            "map the ids of the mount at {}",
-            mount.destination().display()
-        )))
-}
-
-/// The mappings of a mount itself.
-pub fn own_ids(mount: &Mount) -> Option<IdMappings> {
-    let (uids, gids) = (
-        mount.uid_mappings().as_ref()?,
-        mount.gid_mappings().as_ref()?,
-    );
-    Some(IdMappings {
-        uids: uids.clone(),
-        gids: gids.clone(),
-    })
 }
 
 /// Whether a mount is made read-only only when all is made: there are mount points to be made in

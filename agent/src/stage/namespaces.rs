@@ -6,7 +6,6 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
-use nix::sys::wait::{WaitPidFlag, waitpid};
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Spec};
 use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
 
@@ -188,9 +187,8 @@ pub fn spawn(
     users: Option<&IdMappings>,
 ) -> Result<Cloned, StageError> {
     let flags = flags | CLONE_PARENT | CLONE_INTO_CGROUP;
-    let made = |flags| {
-        clone(flags, Some(cgroup)).map_err(StageError::system("make the container's process"))
-    };
+    let made =
+        |flags| clone(flags, cgroup).map_err(StageError::system("make the container's process"));
     let Some(users) = users.filter(|_| flags & CLONE_NEWUSER != 0) else {
         return made(flags);
     };
@@ -222,32 +220,6 @@ pub fn become_root() -> Result<(), StageError> {
     become_root().map_err(StageError::system("become root of the user namespace"))
 }
 
-/// A user namespace without processes, for mounts with mapped ids.
-pub fn user_namespace(users: &IdMappings) -> Result<OwnedFd, StageError> {
-    let (end, holder) =
-        io::pipe().map_err(StageError::system("make a pipe for a user namespace"))?;
-    match clone(CLONE_NEWUSER, None).map_err(StageError::system("make a user namespace"))? {
-        Cloned::Child => {
-            drop(holder);
-            let _ = wait_for(end);
-            // SAFETY: ends this process without running anything of its parent's.
-            unsafe { libc::_exit(0) }
-        }
-        Cloned::Parent { pid, pidfd: _ } => {
-            let namespace = map_ids(pid, users).and_then(|()| {
-                let path = format!("/proc/{pid}/ns/user");
-                super::open_guest(&path, rustix::fs::OFlags::RDONLY)
-            });
-            drop(holder);
-            let child = nix::unistd::Pid::from_raw(pid);
-            // Without an exit signal only __WALL waits for it.
-            waitpid(child, Some(WaitPidFlag::__WALL))
-                .map_err(StageError::system("wait for the user namespace's process"))?;
-            namespace
-        }
-    }
-}
-
 /// Reads the one byte, or finds that nobody will send it.
 fn wait_for(mut pipe: io::PipeReader) -> Result<(), StageError> {
     pipe.read_exact(&mut [0])
@@ -271,12 +243,12 @@ fn map_ids(pid: i32, users: &IdMappings) -> Result<(), StageError> {
     write("uid_map", &users.uids)
 }
 
-fn clone(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
+fn clone(flags: u64, cgroup: BorrowedFd<'_>) -> io::Result<Cloned> {
     let mut pidfd: libc::c_int = -1;
     let arguments = CloneArguments {
         flags: flags | CLONE_PIDFD,
         pidfd: (&raw mut pidfd) as u64,
-        cgroup: cgroup.map_or(0, |fd| u64::from(fd.as_raw_fd().unsigned_abs())),
+        cgroup: u64::from(cgroup.as_raw_fd().unsigned_abs()),
         ..CloneArguments::default()
     };
     // SAFETY: without CLONE_VM and without a stack the child is a copy of this single-threaded

@@ -31,8 +31,7 @@ const STAGING: &str = "/sys";
 const DEVICES: &str = "/tmp";
 
 /// What comes from outside the container. With a user namespace it is taken by the stage, because
-/// the new process has no rights outside; so are mounts with mapped ids, whose user namespace is
-/// made with the help of the guest's procfs.
+/// the new process has no rights outside.
 #[derive(Debug)]
 pub struct Sources {
     root: OwnedFd,
@@ -50,9 +49,9 @@ impl Sources {
         let root = mounts::clone_path(&create.rootfs, true).map_err(failed(&create.rootfs))?;
         let mut binds = HashMap::new();
         for (index, mount) in create.spec.mounts().iter().flatten().enumerate() {
-            let taken = users.is_some() || mounts::own_ids(mount).is_some();
-            if taken && let Some(tree) = bound_tree(create, index, mount)? {
-                mounts::map_ids(&tree, mount, users)?;
+            if users.is_some()
+                && let Some(tree) = bound_tree(create, index, mount)?
+            {
                 binds.insert(index, tree);
             }
         }

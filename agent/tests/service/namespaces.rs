@@ -1,6 +1,6 @@
 //! Namespaces that a container has besides the usual ones, or shares with another of its pod.
 
-use bulkhead_agent_api::messages::{CreateContainerRequest, JoinedNamespace, SharedMount};
+use bulkhead_agent_api::messages::{CreateContainerRequest, JoinedNamespace};
 use serde_json::{Value, json};
 use ttrpc::Code;
 
@@ -217,38 +217,4 @@ async fn what_no_container_of_the_pod_has_is_refused() {
         "\"realtime\" has no offset",
     )
     .await;
-}
-
-#[tokio::test]
-async fn bind_mounts_have_mapped_ids() {
-    let host = Host::start().await;
-    let volume = host.dir.path().join("shared/volume");
-    std::fs::create_dir(&volume).unwrap();
-    std::fs::write(volume.join("file"), "").unwrap();
-    let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
-    std::fs::set_permissions(&volume, open).unwrap();
-    let mut spec = spec("stat -c '%u %g' /v/file; touch /v/made; stat -c '%u %g' /v/made");
-    spec["process"]["user"] = json!({"uid": 5003, "gid": 6004});
-    spec["mounts"].as_array_mut().unwrap().push(json!({
-        "destination": "/v", "type": "bind", "source": "/host/volume", "options": ["rbind", "rw"],
-        "uidMappings": [{"containerID": 0, "hostID": 5000, "size": 10}],
-        "gidMappings": [{"containerID": 0, "hostID": 6000, "size": 10}],
-    }));
-    let request = CreateContainerRequest {
-        shared_mounts: vec![SharedMount {
-            index: 8,
-            share: "volume".to_owned(),
-            ..SharedMount::default()
-        }],
-        ..CreateContainerRequest::default()
-    };
-    let (code, out, err) = host.run_with("c1", &spec, request).await;
-    assert_eq!((code, err.as_str()), (0, ""), "{out}");
-    assert_eq!(out, "5000 6000\n5003 6004\n");
-    let made = std::fs::metadata(volume.join("made")).unwrap();
-    let owner = (
-        std::os::unix::fs::MetadataExt::uid(&made),
-        std::os::unix::fs::MetadataExt::gid(&made),
-    );
-    assert_eq!(owner, (3, 4));
 }

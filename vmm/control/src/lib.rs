@@ -25,4 +25,4 @@ pub use message::{
     Counters, DeviceCounters, Event, FromVmm, JailTimes, Reply, Request, StopReason, VmConfig,
 };
 pub use spawn::{Spawn, Spawned};
-pub use user_namespace::{IdRange, UserNamespace, UserNamespaceError};
+pub use user_namespace::{IdMap, IdRange, UserNamespace, UserNamespaceError, namespace_with};

@@ -18,10 +18,33 @@ pub struct IdRange {
     pub count: u32,
 }
 
-impl fmt::Display for IdRange {
-    /// The one line of `uid_map` (user_namespaces(7)).
+impl IdRange {
+    /// Its ids, counted from 0.
+    fn map(self) -> IdMap {
+        IdMap {
+            inside: 0,
+            outside: self.first,
+            count: self.count,
+        }
+    }
+}
+
+/// Ids of a user namespace and the host's ids that they stand for, or ids on a disk and the host's
+/// ids by which an idmapped mount shows them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdMap {
+    /// The first id inside, or on the disk.
+    pub inside: u32,
+    /// The first id of the host.
+    pub outside: u32,
+    /// How many there are.
+    pub count: u32,
+}
+
+impl fmt::Display for IdMap {
+    /// A line of `uid_map` (user_namespaces(7)).
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "0 {} {}", self.first, self.count)
+        write!(formatter, "{} {} {}", self.inside, self.outside, self.count)
     }
 }
 
@@ -32,17 +55,17 @@ pub enum UserNamespaceError {
     #[error("Cannot create a user namespace")]
     Create(#[source] io::Error),
     /// The ids cannot be mapped.
-    #[error("Cannot map ids {range} in a user namespace")]
+    #[error("Cannot map ids {ids:?} in a user namespace")]
     Map {
-        /// The range.
-        range: IdRange,
+        /// The content of `uid_map` or `gid_map`.
+        ids: String,
         /// The system's error.
         #[source]
         source: io::Error,
     },
 }
 
-/// A user namespace with nobody in it. It lasts as long as it is referred to.
+/// The user namespace of a pod, with nobody in it. It lasts as long as it is referred to.
 #[derive(Debug)]
 pub struct UserNamespace {
     fd: OwnedFd,
@@ -53,26 +76,7 @@ impl UserNamespace {
     /// Makes a namespace in which the ids of `range` are 0 and up. Needs `CAP_SETUID` and
     /// `CAP_SETGID`.
     pub fn create(range: IdRange) -> Result<Self, UserNamespaceError> {
-        let failed = |errno: nix::Error| UserNamespaceError::Create(errno.into());
-        // A namespace is made by a process in it; this one does nothing else.
-        let (end, wait) = pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(failed)?;
-        let (child, pidfd) = first_process(&end, &wait).map_err(failed)?;
-        drop(end);
-        let made = Self::map(child, range);
-        drop(wait);
-        // It ends at once now. Who reaps all of this process's children may be quicker.
-        let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
-        made
-    }
-
-    fn map(child: Pid, range: IdRange) -> Result<Self, UserNamespaceError> {
-        for map in ["uid_map", "gid_map"] {
-            fs::write(format!("/proc/{child}/{map}"), format!("{range}\n"))
-                .map_err(|source| UserNamespaceError::Map { range, source })?;
-        }
-        let fd = fs::File::open(format!("/proc/{child}/ns/user"))
-            .map_err(UserNamespaceError::Create)?
-            .into();
+        let fd = namespace_with(&[range.map()], &[range.map()])?;
         Ok(Self { fd, range })
     }
 
@@ -80,6 +84,31 @@ impl UserNamespace {
     pub fn range(&self) -> IdRange {
         self.range
     }
+}
+
+/// Makes a user namespace with these users and groups and nobody in it, by which a mount may show
+/// its files. Needs `CAP_SETUID` and `CAP_SETGID`.
+pub fn namespace_with(users: &[IdMap], groups: &[IdMap]) -> Result<OwnedFd, UserNamespaceError> {
+    let failed = |errno: nix::Error| UserNamespaceError::Create(errno.into());
+    // A namespace is made by a process in it; this one does nothing else.
+    let (end, wait) = pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(failed)?;
+    let (child, pidfd) = first_process(&end, &wait).map_err(failed)?;
+    drop(end);
+    let made = map(child, users, groups);
+    drop(wait);
+    // It ends at once now. Who reaps all of this process's children may be quicker.
+    let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+    made
+}
+
+fn map(child: Pid, users: &[IdMap], groups: &[IdMap]) -> Result<OwnedFd, UserNamespaceError> {
+    for (file, maps) in [("uid_map", users), ("gid_map", groups)] {
+        let ids: String = maps.iter().map(|map| format!("{map}\n")).collect();
+        fs::write(format!("/proc/{child}/{file}"), &ids)
+            .map_err(|source| UserNamespaceError::Map { ids, source })?;
+    }
+    let namespace = fs::File::open(format!("/proc/{child}/ns/user"));
+    Ok(namespace.map_err(UserNamespaceError::Create)?.into())
 }
 
 impl AsFd for UserNamespace {

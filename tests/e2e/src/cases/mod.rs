@@ -13,6 +13,7 @@ mod jail;
 mod lifecycle;
 mod neighbours;
 mod parity;
+mod users;
 
 use anyhow::Result;
 
@@ -96,6 +97,7 @@ pub fn all() -> Vec<Case> {
         io::cases(),
         lifecycle::cases(),
         parity::cases(),
+        users::cases(),
         escapes::cases(),
         configurations::cases(),
         jail::cases(),
