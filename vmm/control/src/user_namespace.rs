@@ -2,12 +2,29 @@
 
 use std::{
     fmt, fs, io,
+    mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    time::Duration,
 };
 
-use nix::unistd::{Pid, pipe2};
-use rustix::process::{WaitId, WaitIdOptions, waitid};
+use nix::{
+    sys::socket::{AddressFamily, SockFlag, SockType, socketpair},
+    unistd::Pid,
+};
+use rustix::{
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg,
+        sockopt::{Timeout, set_socket_timeout},
+    },
+    process::{WaitId, WaitIdOptions, waitid},
+};
 use thiserror::Error;
+
+/// For a new process to open a file.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Bytes of a descriptor in a message.
+const FD_LEN: u32 = 4;
 
 /// A range of user ids and of the group ids with the same numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,25 +107,52 @@ impl UserNamespace {
 /// its files. Needs `CAP_SETUID` and `CAP_SETGID`.
 pub fn namespace_with(users: &[IdMap], groups: &[IdMap]) -> Result<OwnedFd, UserNamespaceError> {
     let failed = |errno: nix::Error| UserNamespaceError::Create(errno.into());
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .map_err(failed)?;
     // A namespace is made by a process in it; this one does nothing else.
-    let (end, wait) = pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(failed)?;
-    let (child, pidfd) = first_process(&end, &wait).map_err(failed)?;
-    drop(end);
-    let made = map(child, users, groups);
-    drop(wait);
+    let (child, pidfd) = first_process(&ours, &theirs).map_err(failed)?;
+    drop(theirs);
+    let made = receive(ours.as_fd())
+        .map_err(UserNamespaceError::Create)
+        .and_then(|namespace| {
+            map(child, users, groups)?;
+            Ok(namespace)
+        });
+    drop(ours);
     // It ends at once now. Who reaps all of this process's children may be quicker.
     let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
     made
 }
 
-fn map(child: Pid, users: &[IdMap], groups: &[IdMap]) -> Result<OwnedFd, UserNamespaceError> {
+fn map(child: Pid, users: &[IdMap], groups: &[IdMap]) -> Result<(), UserNamespaceError> {
     for (file, maps) in [("uid_map", users), ("gid_map", groups)] {
         let ids: String = maps.iter().map(|map| format!("{map}\n")).collect();
         fs::write(format!("/proc/{child}/{file}"), &ids)
             .map_err(|source| UserNamespaceError::Map { ids, source })?;
     }
-    let namespace = fs::File::open(format!("/proc/{child}/ns/user"));
-    Ok(namespace.map_err(UserNamespaceError::Create)?.into())
+    Ok(())
+}
+
+/// Takes the namespace from the process in it: whoever is not dumpable hides those of its children
+/// in /proc, even from itself.
+fn receive(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    set_socket_timeout(socket, Timeout::Recv, Some(DEADLINE))?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0; 1];
+    let mut data = [io::IoSliceMut::new(&mut byte)];
+    recvmsg(socket, &mut data, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    let mut messages = ancillary.drain();
+    let received = messages.find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+        _ => None,
+    });
+    received.ok_or_else(|| io::Error::other("the first process in it has ended"))
 }
 
 impl AsFd for UserNamespace {
@@ -117,8 +161,16 @@ impl AsFd for UserNamespace {
     }
 }
 
-/// Starts a process in a new user namespace, which ends when the writing end of the pipe is closed.
-fn first_process(end: &OwnedFd, wait: &OwnedFd) -> nix::Result<(Pid, OwnedFd)> {
+/// A message with one descriptor, unix(7).
+#[repr(C)]
+struct Rights {
+    header: libc::cmsghdr,
+    fd: RawFd,
+}
+
+/// Starts a process in a new user namespace. It sends the namespace over `theirs`, and ends when
+/// `ours` is closed.
+fn first_process(ours: &OwnedFd, theirs: &OwnedFd) -> nix::Result<(Pid, OwnedFd)> {
     let flags = libc::CLONE_NEWUSER | libc::CLONE_PIDFD | libc::SIGCHLD;
     let mut pidfd: RawFd = -1;
     // SAFETY: without CLONE_VM and with a null stack this is fork(2). The child makes nothing but
@@ -131,11 +183,62 @@ fn first_process(end: &OwnedFd, wait: &OwnedFd) -> nix::Result<(Pid, OwnedFd)> {
         return Ok((Pid::from_raw(child), unsafe { OwnedFd::from_raw_fd(pidfd) }));
     }
     let mut byte = 0_u8;
-    // SAFETY: plain system calls of the child, on descriptors that it has inherited and into its
-    // own memory. Its own copy of the writing end would keep the pipe open.
+    let mut data = libc::iovec {
+        iov_base: (&raw mut byte).cast(),
+        iov_len: 1,
+    };
+    // SAFETY: plain system calls of the child, on descriptors that it has inherited and its own
+    // memory: the message points to `data` and `rights`, which say their own lengths. Its own copy
+    // of the other end would keep the connection open.
     unsafe {
-        libc::close(wait.as_raw_fd());
-        libc::read(end.as_raw_fd(), (&raw mut byte).cast(), 1);
+        libc::close(ours.as_raw_fd());
+        let path = c"/proc/self/ns/user";
+        let mut rights = Rights {
+            header: libc::cmsghdr {
+                cmsg_len: libc::CMSG_LEN(FD_LEN) as usize,
+                cmsg_level: libc::SOL_SOCKET,
+                cmsg_type: libc::SCM_RIGHTS,
+            },
+            fd: libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC),
+        };
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_iov = &raw mut data;
+        message.msg_iovlen = 1;
+        message.msg_control = (&raw mut rights).cast();
+        message.msg_controllen = size_of::<Rights>();
+        if libc::sendmsg(theirs.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) == 1 {
+            libc::read(theirs.as_raw_fd(), (&raw mut byte).cast(), 1);
+        }
         libc::_exit(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_read_as_the_kernel_wants_them() {
+        let range = IdRange {
+            first: 1000,
+            count: 10,
+        };
+        assert_eq!(range.map().to_string(), "0 1000 10");
+    }
+
+    #[test]
+    fn a_namespace_has_its_ids_also_for_who_is_not_dumpable() {
+        use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+        let map = |inside, outside| IdMap {
+            inside,
+            outside,
+            count: 3,
+        };
+        set_dumpable_behavior(DumpableBehavior::NotDumpable).unwrap();
+        let made = namespace_with(&[map(0, 5000), map(10, 6000)], &[map(0, 7000)]);
+        set_dumpable_behavior(DumpableBehavior::Dumpable).unwrap();
+        made.unwrap();
+        let error = namespace_with(&[map(0, 1), map(1, 1)], &[map(0, 1)]).unwrap_err();
+        assert!(matches!(error, UserNamespaceError::Map { .. }), "{error}");
     }
 }
