@@ -68,7 +68,8 @@ fn by_runc(bundle: &Path, number: usize) -> Result<f64> {
     let id = format!("bench-{number}");
     let runc = |arguments: &[&str]| -> Result<()> {
         let mut command = Command::new("runc");
-        command.args(arguments).current_dir(bundle);
+        command.args(["--root", "state"]).args(arguments);
+        command.current_dir(bundle);
         Running::spawn(command, Input::Null)?
             .finish()?
             .exits_with(0)?;
@@ -79,7 +80,7 @@ fn by_runc(bundle: &Path, number: usize) -> Result<f64> {
     let create = Command::new("sh")
         .args([
             "-c",
-            &format!("runc create {id} </dev/null >/dev/null 2>&1"),
+            &format!("runc --root state create {id} </dev/null >/dev/null 2>&1"),
         ])
         .current_dir(bundle)
         .status()?;

@@ -49,15 +49,15 @@ pub(super) struct Started {
 
 /// What removes a container should its client not do it.
 enum Held {
-    Runc(String),
+    Runc(PathBuf, String),
     Containerd(Container),
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if let Self::Runc(id) = self {
+        if let Self::Runc(bundle, id) = self {
             // Mostly it is gone already.
-            let _ = finish(runc(&["delete", "--force", id]));
+            let _ = finish(runc(bundle, &["delete", "--force", id]));
         }
     }
 }
@@ -81,7 +81,10 @@ pub(super) fn start(
         patch::apply(&mut spec, &changes);
     }
     let (command, container) = match runtime {
-        Runtime::Runc => (run_by_runc(&bundle, &id), Held::Runc(id.clone())),
+        Runtime::Runc => (
+            run_by_runc(&bundle, &id),
+            Held::Runc(bundle.clone(), id.clone()),
+        ),
         Runtime::Containerd { runtime, pod } => {
             patch::apply(&mut spec, &json!({ "annotations": { GROUP: pod } }));
             let command = run_by_containerd(&bundle, runtime, &["--rm"], &id);
@@ -146,14 +149,16 @@ fn complete(configuration: &Configuration, id: &str, bundle: &Path) -> Result<Va
     Ok(spec)
 }
 
-fn runc(arguments: &[&str]) -> Command {
+/// runc, with its state in the bundle, so that nothing of it stays.
+fn runc(bundle: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new("runc");
+    command.arg("--root").arg(bundle.join("state"));
     command.args(arguments);
     command
 }
 
 fn run_by_runc(bundle: &Path, id: &str) -> Command {
-    let mut command = runc(&["run", "--bundle"]);
+    let mut command = runc(bundle, &["run", "--bundle"]);
     command.arg(bundle).arg(id);
     command
 }
@@ -181,7 +186,9 @@ impl Started {
                 self.note(&format!("exec {index}: "), &finished, &mut report);
             }
             match &self.container {
-                Held::Runc(id) => finish(runc(&["kill", id, "KILL"]))?.succeeds().map(drop)?,
+                Held::Runc(bundle, id) => {
+                    finish(runc(bundle, &["kill", id, "KILL"]))?.succeeds()?;
+                }
                 Held::Containerd(container) => container.kill("KILL")?,
             }
         }
@@ -213,10 +220,10 @@ impl Started {
         let mut process = self.process.clone();
         patch::apply(&mut process, changes);
         match &self.container {
-            Held::Runc(id) => {
+            Held::Runc(bundle, id) => {
                 let file = self.bundle.join(format!("process-{index}.json"));
                 fs::write(&file, serde_json::to_vec(&process)?)?;
-                let mut command = runc(&["exec", "--process"]);
+                let mut command = runc(bundle, &["exec", "--process"]);
                 command.arg(file).arg(id);
                 Ok(command)
             }
