@@ -87,7 +87,10 @@ impl Container {
         let personality = linux.and_then(|linux| linux.personality().clone());
         let users = neighbours.users(&spec);
         let shares_pids = neighbours.kinds().contains(&LinuxNamespaceType::Pid);
-        let mut network = networks.of(&spec).await;
+        let mut network = match neighbours.kinds().contains(&LinuxNamespaceType::Network) {
+            true => None,
+            false => networks.of(&spec).await,
+        };
         let mut joined = neighbours.into_descriptors();
         if let Some(namespace) = network
             .as_ref()

@@ -359,8 +359,8 @@ impl Spec {
                 .to_str()?
                 .strip_prefix("/proc/")?
                 .split_once("/ns/")?;
-            // The network's name in /proc differs from its type.
-            (name == namespace.kind).then_some((name, pid.parse().ok()?))
+            let kind = if name == "net" { "network" } else { name };
+            (kind == namespace.kind).then_some((kind, pid.parse().ok()?))
         })
     }
 
@@ -424,7 +424,7 @@ mod tests {
                 {"type":"mount"},{"type":"network","path":"/proc/14/ns/net"}]}}"#,
         );
         let found: Vec<_> = spec.namespaces_of_processes().collect();
-        assert_eq!(found, [("pid", 12)]);
+        assert_eq!(found, [("pid", 12), ("network", 14)]);
     }
 
     #[test]

@@ -11,9 +11,9 @@ mod failures;
 mod io;
 mod jail;
 mod lifecycle;
+mod namespaces;
 mod neighbours;
 mod parity;
-mod users;
 
 use anyhow::Result;
 
@@ -97,7 +97,7 @@ pub fn all() -> Vec<Case> {
         io::cases(),
         lifecycle::cases(),
         parity::cases(),
-        users::cases(),
+        namespaces::cases(),
         escapes::cases(),
         configurations::cases(),
         jail::cases(),

@@ -10,6 +10,8 @@ const CONTAINERD: &str = include_str!("../../data/containerd-spec.json");
 
 /// `linux.seccomp` of a container that `ctr run --seccomp` made, with containerd 1.7.
 const SECCOMP: &str = include_str!("../../data/containerd-seccomp.json");
+/// Docker's profile, resolved for its default capabilities on x86-64.
+const DOCKER_SECCOMP: &str = include_str!("../../data/docker-seccomp.json");
 
 /// The capabilities that containerd and Docker leave a container.
 pub(super) const CAPABILITIES: [&str; 14] = [
@@ -87,7 +89,12 @@ pub(super) fn containerd() -> Result<Value> {
     Ok(spec)
 }
 
-/// The filter that containerd and Docker install by default.
+/// The filter that Docker (20.10, as in Debian 12) installs by default.
+pub(super) fn docker_seccomp() -> Result<Value> {
+    serde_json::from_str(DOCKER_SECCOMP).context("docker-seccomp.json")
+}
+
+/// The filter that containerd installs by default.
 pub(super) fn seccomp() -> Result<Value> {
     serde_json::from_str(SECCOMP).context("containerd-seccomp.json")
 }

@@ -19,11 +19,16 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
         new("containerd", &containerd, json!({}))
             .exec(&json!({}))
             .exec(&as_user),
-        new("containerd-seccomp", &containerd, filtered.clone()).exec(&json!({})),
+        new("containerd-seccomp", &containerd, filtered).exec(&json!({})),
         new("docker", &docker, json!({}))
             .exec(&json!({}))
             .exec(&as_user),
-        new("docker-seccomp", &docker, filtered).exec(&json!({})),
+        new(
+            "docker-seccomp",
+            &docker,
+            json!({ "linux": { "seccomp": base::docker_seccomp()? } }),
+        )
+        .exec(&json!({})),
         new("docker-privileged", &docker, privileged()).exec(&json!({})),
         new("kubernetes-restricted", &pod, restricted(&filter)).exec(&json!({})),
         new(

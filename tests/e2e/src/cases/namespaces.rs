@@ -1,4 +1,4 @@
-//! User namespaces of containers, and volumes with mapped ids.
+//! Namespaces that containers share, user namespaces, and volumes with mapped ids.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -9,6 +9,7 @@ use super::{Case, Setting, bulkhead, case};
 
 pub fn cases() -> Vec<Case> {
     vec![
+        case("a container joins another one's namespaces", joined),
         case(
             "root of a user namespace is somebody else on the disk",
             remapped,
@@ -16,6 +17,43 @@ pub fn cases() -> Vec<Case> {
         // Debian 13's runc takes the option for the file system's and ignores it.
         bulkhead("a volume shows its files by a user namespace's ids", mapped),
     ]
+}
+
+fn joined(setting: &Setting) -> Result<()> {
+    let first = setting
+        .container()
+        .flags(&["--hostname", "first"])
+        .detach(&["sleep", "4711"])?;
+    let group = format!("io.containerd.runc.v2.group={}", first.id());
+    let pid = first.pid()?;
+    let mut flags = vec!["--annotation".to_owned(), group];
+    let kinds = [
+        ("pid", "pid"),
+        ("ipc", "ipc"),
+        ("uts", "uts"),
+        ("network", "net"),
+    ];
+    for (kind, file) in kinds {
+        flags.extend([
+            "--with-ns".to_owned(),
+            format!("{kind}:/proc/{pid}/ns/{file}"),
+        ]);
+    }
+    let flags: Vec<_> = flags.iter().map(String::as_str).collect();
+    let links = "for kind in pid ipc uts net mnt; do readlink /proc/self/ns/$kind; done";
+    let script = format!("hostname; tr '\\0' ' ' < /proc/1/cmdline; echo; {links}");
+    let second = setting.container().flags(&flags);
+    let found = second.run(&["sh", "-c", &script])?.succeeds()?;
+    ensure!(found.starts_with("first\nsleep 4711 \n"), "{found}");
+    let of_first = first.exec(&[], &["sh", "-c", links])?.succeeds()?;
+    let own: Vec<_> = found.lines().skip(2).collect();
+    let others: Vec<_> = of_first.lines().collect();
+    ensure!(
+        own.len() == 5 && own[..4] == others[..4],
+        "{own:?} and {others:?}"
+    );
+    ensure!(own[4] != others[4], "the mount namespace is its own");
+    first.kill("KILL")
 }
 
 const MAP: [&str; 4] = ["--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536"];
