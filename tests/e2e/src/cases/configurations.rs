@@ -43,6 +43,7 @@ pub fn cases() -> Vec<Case> {
             same(setting, Theme::Refused)
         })
         .long(),
+        bulkhead("everything is configured as under runc", all).soak(),
         bulkhead("what a VM cannot do is refused by name", |setting| {
             same(setting, Theme::Unsupported)
         })
@@ -51,5 +52,9 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn same(setting: &Setting, theme: Theme) -> Result<()> {
-    configurations::run(&setting.runtime, configurations::of(theme)?)
+    configurations::run(&setting.runtime, configurations::sample(theme)?)
+}
+
+fn all(setting: &Setting) -> Result<()> {
+    configurations::run(&setting.runtime, configurations::all()?)
 }

@@ -26,6 +26,9 @@ use crate::differences::matches;
 /// The seed of the generated configurations that belong to the suite.
 const SEED: u64 = 1;
 
+/// From here on a theme has many.
+const MANY: usize = 30;
+
 /// What a configuration is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Theme {
@@ -128,6 +131,13 @@ pub fn of(theme: Theme) -> Result<Vec<Configuration>> {
     Ok(all)
 }
 
+/// Those of a theme that run each time: of one with many every second.
+pub fn sample(theme: Theme) -> Result<Vec<Configuration>> {
+    let all = of(theme)?;
+    let step = if all.len() > MANY { 2 } else { 1 };
+    Ok(all.into_iter().step_by(step).collect())
+}
+
 /// Those with names that fit, in which `*` stands for anything. A name that begins with
 /// `generated-SEED-` is looked for among those of that seed.
 pub fn named(patterns: &[String]) -> Result<Vec<Configuration>> {
@@ -159,7 +169,22 @@ mod tests {
         let all = all().unwrap();
         let names: BTreeSet<_> = all.iter().map(|one| one.name.as_str()).collect();
         assert_eq!(names.len(), all.len());
-        assert!(all.len() >= 150, "{}", all.len());
+        let themes = [
+            Theme::Profiles,
+            Theme::Process,
+            Theme::Mounts,
+            Theme::Isolation,
+            Theme::Resources,
+            Theme::Seccomp,
+            Theme::Generated,
+            Theme::Refused,
+            Theme::Namespaces,
+        ];
+        let sampled: usize = themes
+            .map(|theme| sample(theme).unwrap().len())
+            .iter()
+            .sum();
+        assert!(sampled >= 150, "{sampled}");
     }
 
     #[test]
