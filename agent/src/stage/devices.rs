@@ -17,14 +17,15 @@ use rustix::{
 
 use super::{StageError, mounts, protocol::IdMappings, root::Root};
 
-/// The devices that every container has: name, major, minor.
+/// The devices that every container has: name, major, minor. The order, which is runc's, shows where
+/// they are mounted.
 const DEFAULT: [(&str, u32, u32); 6] = [
     ("/dev/null", 1, 3),
-    ("/dev/zero", 1, 5),
-    ("/dev/full", 1, 7),
     ("/dev/random", 1, 8),
-    ("/dev/urandom", 1, 9),
+    ("/dev/full", 1, 7),
     ("/dev/tty", 5, 0),
+    ("/dev/zero", 1, 5),
+    ("/dev/urandom", 1, 9),
 ];
 
 /// The links that every container has.

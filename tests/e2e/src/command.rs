@@ -103,8 +103,8 @@ impl Capture {
         String::from_utf8_lossy(&self.bytes()).into_owned()
     }
 
-    /// Waits for the end of the stream.
-    fn ended(&self, limit: Duration) -> bool {
+    /// Waits for the end of the stream; false when `limit` has passed.
+    pub fn ended(&self, limit: Duration) -> bool {
         self.wait(limit, |captured| captured.ended)
     }
 }

@@ -16,6 +16,7 @@ mod pattern;
 mod posture;
 mod probe;
 mod residue;
+mod shim;
 mod terminal;
 
 use std::process::ExitCode;

@@ -3,23 +3,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use containerd_shim_protos::Client;
-use containerd_shim_protos::api::{
-    CreateTaskRequest, DeleteRequest, KillRequest, StartRequest, WaitRequest,
-};
-use containerd_shim_protos::protobuf::Message;
-use containerd_shim_protos::ttrpc::{self, context};
 use serde_json::{Value, json};
 
 use super::{aligned, median, milliseconds, table};
 use crate::command::{Input, Running};
-use crate::ctr::{BULKHEAD, Container, RUNC, Run, ctr};
-
-/// For one call of a shim.
-const DEADLINE: Duration = Duration::from_secs(60);
+use crate::ctr::{BULKHEAD, RUNC, Run, ctr};
+use crate::shim::Shim;
 
 /// Measures `runs` times, prints a table, and as the last line everything as JSON.
 pub fn run(runs: usize) -> Result<()> {
@@ -96,81 +88,13 @@ fn in_pod(runtime: &str, bundle: &Path, runs: usize) -> Result<Vec<f64>> {
     let pod = Run::new(runtime).detach(&["sleep", "1000"])?;
     let shim = Shim::of(&pod)?;
     (0..=runs)
-        .map(|number| shim.container(bundle, &format!("bench-{number}")))
+        .map(|number| by_shim(&shim, bundle, number))
         .collect()
 }
 
-/// A connection to the shim of a pod.
-struct Shim(Client);
-
-impl Shim {
-    fn of(pod: &Container) -> Result<Self> {
-        let state = "/run/containerd/io.containerd.runtime.v2.task/default";
-        let address = format!("{state}/{}/address", pod.id());
-        let address = fs::read_to_string(&address).with_context(|| format!("read {address}"))?;
-        let client = Client::connect(address.trim());
-        Ok(Self(
-            client.with_context(|| format!("connect to {address}"))?,
-        ))
-    }
-
-    fn container(&self, bundle: &Path, id: &str) -> Result<f64> {
-        let id = id.to_owned();
-        let bundle = bundle.to_str().context("a path that is not UTF-8")?;
-        let begun = Instant::now();
-        self.call(
-            "Create",
-            &CreateTaskRequest {
-                id: id.clone(),
-                bundle: bundle.to_owned(),
-                ..CreateTaskRequest::default()
-            },
-        )?;
-        self.call(
-            "Start",
-            &StartRequest {
-                id: id.clone(),
-                ..StartRequest::default()
-            },
-        )?;
-        let took = begun.elapsed().as_secs_f64() * 1e3;
-        // It may have ended by itself.
-        let _ = self.call(
-            "Kill",
-            &KillRequest {
-                id: id.clone(),
-                signal: 9,
-                ..KillRequest::default()
-            },
-        );
-        self.call(
-            "Wait",
-            &WaitRequest {
-                id: id.clone(),
-                ..WaitRequest::default()
-            },
-        )?;
-        self.call(
-            "Delete",
-            &DeleteRequest {
-                id,
-                ..DeleteRequest::default()
-            },
-        )?;
-        Ok(took)
-    }
-
-    fn call(&self, method: &str, message: &impl Message) -> Result<()> {
-        let deadline = i64::try_from(DEADLINE.as_nanos()).context("a long deadline")?;
-        let request = ttrpc::Request {
-            service: "containerd.task.v2.Task".into(),
-            method: method.into(),
-            timeout_nano: deadline,
-            metadata: ttrpc::context::to_pb(context::with_duration(DEADLINE).metadata),
-            payload: message.write_to_bytes()?,
-            ..ttrpc::Request::default()
-        };
-        let called = self.0.request(request);
-        called.map(drop).with_context(|| format!("{method} failed"))
-    }
+fn by_shim(shim: &Shim, bundle: &Path, number: usize) -> Result<f64> {
+    let begun = Instant::now();
+    let mut process = shim.create(bundle, &format!("bench-{number}"))?;
+    process.start()?;
+    Ok(begun.elapsed().as_secs_f64() * 1e3)
 }

@@ -11,64 +11,53 @@ use serde_json::{Value, json};
 use super::disk::{self, Programs};
 use super::{Configuration, patch};
 use crate::command::{Finished, Input, Running};
-use crate::ctr::Container;
 use crate::probe::Report;
-
-/// The annotation that puts containers into one VM.
-const GROUP: &str = "io.containerd.runc.v2.group";
+use crate::shim::{Ended, Process, Refused, Shim};
 
 /// In a specification, this stands for a directory of the host to be mounted.
 const VOLUME: &str = "@volume@";
 
-/// Under which runtime, and where.
+/// Under which runtime.
+#[derive(Clone, Copy)]
 pub(super) enum Runtime<'a> {
     /// runc itself.
     Runc,
-    /// A runtime of containerd, in the pod of this name.
-    Containerd { runtime: &'a str, pod: &'a str },
+    /// One of containerd's, in a pod that its shim has already.
+    Shim(&'a Shim),
 }
 
 /// What came of a configuration.
 pub(super) enum Seen {
-    /// The container was not made: what the client said.
+    /// The container was not made: what the runtime said.
     Refused(String),
     /// What its process found, and what was left on the disk.
     Found(Report),
 }
 
 /// A container that runs.
-pub(super) struct Started {
-    client: Running,
+pub(super) struct Started<'a> {
     id: String,
     bundle: PathBuf,
     process: Value,
     execs: Vec<Value>,
-    /// Removed when dropped.
-    container: Held,
+    container: Container<'a>,
 }
 
-/// What removes a container should its client not do it.
-enum Held {
-    Runc(PathBuf, String),
-    Containerd(Container),
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        if let Self::Runc(bundle, id) = self {
-            // Mostly it is gone already.
-            let _ = finish(runc(bundle, &["delete", "--force", id]));
-        }
-    }
+/// What removes a container on every path.
+enum Container<'a> {
+    Runc(Runc),
+    Shim(Process<'a>),
+    /// There is none: what the shim said.
+    Refused(String),
 }
 
 /// Starts a configuration in a new directory below `directory`.
-pub(super) fn start(
+pub(super) fn start<'a>(
     configuration: &Configuration,
-    runtime: &Runtime<'_>,
+    runtime: Runtime<'a>,
     programs: &Programs,
     directory: &Path,
-) -> Result<Started> {
+) -> Result<Started<'a>> {
     let id = new_id();
     let bundle = directory.join(&id);
     fs::create_dir(&bundle)?;
@@ -80,21 +69,15 @@ pub(super) fn start(
         let changes = json!({ "process": { "args": ["/bin/sh", "-c", script] } });
         patch::apply(&mut spec, &changes);
     }
-    let (command, container) = match runtime {
-        Runtime::Runc => (
-            run_by_runc(&bundle, &id),
-            Held::Runc(bundle.clone(), id.clone()),
-        ),
-        Runtime::Containerd { runtime, pod } => {
-            patch::apply(&mut spec, &json!({ "annotations": { GROUP: pod } }));
-            let command = run_by_containerd(&bundle, runtime, &["--rm"], &id);
-            let container = Container::existing(id.clone());
-            (command, Held::Containerd(container))
-        }
-    };
     fs::write(bundle.join("config.json"), serde_json::to_vec(&spec)?)?;
+    let container = match runtime {
+        Runtime::Runc => Container::Runc(Runc::run(&bundle, &id)?),
+        Runtime::Shim(shim) => match run_by_shim(shim, &bundle, &id) {
+            Ok(process) => Container::Shim(process),
+            Err(error) => Container::Refused(error.downcast::<Refused>()?.0),
+        },
+    };
     Ok(Started {
-        client: Running::spawn(command, Input::Null)?,
         id,
         bundle,
         process,
@@ -103,28 +86,10 @@ pub(super) fn start(
     })
 }
 
-/// Starts an idle container, whose VM others share.
-pub(super) fn start_pod(
-    configuration: &Configuration,
-    runtime: &str,
-    programs: &Programs,
-    directory: &Path,
-) -> Result<Container> {
-    let id = new_id();
-    let bundle = directory.join(&id);
-    fs::create_dir(&bundle)?;
-    programs.root(&bundle.join("root"), &bundle.join("volume"))?;
-    let mut spec = complete(configuration, &id, &bundle)?;
-    let changes = json!({
-        "process": { "args": ["/bin/sleep", "1000000"] },
-        "annotations": { GROUP: id },
-    });
-    patch::apply(&mut spec, &changes);
-    fs::write(bundle.join("config.json"), serde_json::to_vec(&spec)?)?;
-    let container = Container::existing(id.clone());
-    let command = run_by_containerd(&bundle, runtime, &["-d"], &id);
-    Running::spawn(command, Input::Null)?.finish()?.succeeds()?;
-    Ok(container)
+fn run_by_shim<'a>(shim: &'a Shim, bundle: &Path, id: &str) -> Result<Process<'a>> {
+    let mut process = shim.create(bundle, id)?;
+    process.start()?;
+    Ok(process)
 }
 
 fn new_id() -> String {
@@ -149,118 +114,149 @@ fn complete(configuration: &Configuration, id: &str, bundle: &Path) -> Result<Va
     Ok(spec)
 }
 
-/// runc, with its state in the bundle, so that nothing of it stays.
-fn runc(bundle: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new("runc");
-    command.arg("--root").arg(bundle.join("state"));
-    command.args(arguments);
-    command
+/// A container of `runc run` in the foreground.
+struct Runc {
+    bundle: PathBuf,
+    id: String,
+    /// None once it has ended.
+    client: Option<Running>,
 }
 
-fn run_by_runc(bundle: &Path, id: &str) -> Command {
-    let mut command = runc(bundle, &["run", "--bundle"]);
-    command.arg(bundle).arg(id);
-    command
+impl Runc {
+    fn run(bundle: &Path, id: &str) -> Result<Self> {
+        let mut container = Self {
+            bundle: bundle.to_owned(),
+            id: id.to_owned(),
+            client: None,
+        };
+        let mut command = container.command(&["run", "--bundle"]);
+        command.arg(bundle).arg(id);
+        container.client = Some(Running::spawn(command, Input::Null)?);
+        Ok(container)
+    }
+
+    /// runc, with its state in the bundle, so that nothing of it stays.
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("runc");
+        command.arg("--root").arg(self.bundle.join("state"));
+        command.args(arguments);
+        command
+    }
+
+    fn expect(&self, text: &str) -> Result<()> {
+        let client = self.client.as_ref().context("it has ended")?;
+        client.expect(text)
+    }
+
+    fn exec(&self, exec_id: &str, process: &Value) -> Result<Finished> {
+        let file = self.bundle.join(exec_id);
+        fs::write(&file, serde_json::to_vec(process)?)?;
+        let mut command = self.command(&["exec", "--process"]);
+        command.arg(file).arg(&self.id);
+        finish(command)
+    }
+
+    fn kill(&self) -> Result<()> {
+        finish(self.command(&["kill", &self.id, "KILL"]))?.succeeds()?;
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Finished> {
+        let client = self.client.take().context("it has ended")?;
+        client.finish()
+    }
 }
 
-fn run_by_containerd(bundle: &Path, runtime: &str, mode: &[&str], id: &str) -> Command {
-    let mut command = Command::new("ctr");
-    command.args(["run", "--runtime", runtime]).args(mode);
-    command.arg("--config").arg(bundle.join("config.json"));
-    command.arg(id);
-    command
+impl Drop for Runc {
+    fn drop(&mut self) {
+        // `runc run` removes what it has made.
+        if self.client.take().is_some() {
+            let _ = finish(self.command(&["delete", "--force", &self.id]));
+        }
+    }
 }
 
 fn finish(command: Command) -> Result<Finished> {
     Running::spawn(command, Input::Null)?.finish()
 }
 
-impl Started {
+impl Started<'_> {
     /// Waits for the end and looks at what is left.
     pub(super) fn finish(self) -> Result<Seen> {
         let mut report = Report::new();
         if !self.execs.is_empty() {
-            self.client.expect("\n}\n")?;
+            self.expect("\n}\n")?;
             for (index, changes) in self.execs.iter().enumerate() {
-                let finished = finish(self.exec(index, changes)?)?;
-                self.note(&format!("exec {index}: "), &finished, &mut report);
+                let mut process = self.process.clone();
+                patch::apply(&mut process, changes);
+                let ended = self.exec(&format!("exec-{index}"), &process)?;
+                let prefix = format!("exec {index}: ");
+                note(&self.id, &self.bundle, &prefix, &ended, &mut report);
             }
-            match &self.container {
-                Held::Runc(bundle, id) => {
-                    finish(runc(bundle, &["kill", id, "KILL"]))?.succeeds()?;
+            self.kill()?;
+        }
+        let ended = match self.container {
+            Container::Runc(container) => {
+                let finished = container.finish()?;
+                // It reports what it could not do by itself, the process does not.
+                let error = finished.err();
+                if finished.stdout.is_empty()
+                    && finished.code() == 1
+                    && error.contains("level=error")
+                {
+                    return Ok(Seen::Refused(error));
                 }
-                Held::Containerd(container) => container.kill("KILL")?,
+                by_runc(finished)
             }
-        }
-        let Self {
-            client,
-            id,
-            bundle,
-            container,
-            ..
-        } = self;
-        let finished = client.finish()?;
-        let error = finished.err();
-        // Both clients report what they could not do by themselves, the process does not.
-        let refused = finished.stdout.is_empty()
-            && finished.code() == 1
-            && (error.contains("ctr: ") || error.contains("level=error"));
-        if refused {
-            return Ok(Seen::Refused(error));
-        }
-        note(&id, &bundle, "", &finished, &mut report);
-        drop(container);
-        report.extend(disk::look(&bundle.join("root"))?);
-        disk::remove(&bundle)?;
+            Container::Shim(process) => process.finish()?,
+            Container::Refused(error) => return Ok(Seen::Refused(error)),
+        };
+        note(&self.id, &self.bundle, "", &ended, &mut report);
+        report.extend(disk::look(&self.bundle.join("root"))?);
+        disk::remove(&self.bundle)?;
         Ok(Seen::Found(report))
     }
 
-    /// The command for another process in the container: the container's own with changes.
-    fn exec(&self, index: usize, changes: &Value) -> Result<Command> {
-        let mut process = self.process.clone();
-        patch::apply(&mut process, changes);
+    fn expect(&self, text: &str) -> Result<()> {
         match &self.container {
-            Held::Runc(bundle, id) => {
-                let file = self.bundle.join(format!("process-{index}.json"));
-                fs::write(&file, serde_json::to_vec(&process)?)?;
-                let mut command = runc(bundle, &["exec", "--process"]);
-                command.arg(file).arg(id);
-                Ok(command)
-            }
-            Held::Containerd(container) => {
-                // The client can say no more than this.
-                let mut flags = Vec::new();
-                let cwd = changes["cwd"].as_str();
-                flags.extend(
-                    cwd.iter()
-                        .flat_map(|cwd| ["--cwd".to_owned(), (*cwd).into()]),
-                );
-                if let Some(uid) = changes["user"]["uid"].as_u64() {
-                    let gid = changes["user"]["gid"].as_u64().unwrap_or(0);
-                    flags.extend(["--user".to_owned(), format!("{uid}:{gid}")]);
-                }
-                let flags: Vec<_> = flags.iter().map(String::as_str).collect();
-                let arguments = process["args"]
-                    .as_array()
-                    .context("a process without args")?;
-                let arguments: Vec<_> = arguments.iter().filter_map(Value::as_str).collect();
-                Ok(container.exec_command(&flags, &arguments))
-            }
+            Container::Runc(container) => container.expect(text),
+            Container::Shim(process) => process.expect(text),
+            Container::Refused(_) => Ok(()),
         }
     }
 
-    fn note(&self, prefix: &str, finished: &Finished, report: &mut Report) {
-        note(&self.id, &self.bundle, prefix, finished, report);
+    /// Another process in the container, to its end.
+    fn exec(&self, exec_id: &str, process: &Value) -> Result<Ended> {
+        match &self.container {
+            Container::Runc(container) => Ok(by_runc(container.exec(exec_id, process)?)),
+            Container::Shim(container) => container.exec(&self.bundle, exec_id, process)?.finish(),
+            Container::Refused(error) => anyhow::bail!("there is no container: {error}"),
+        }
+    }
+
+    fn kill(&self) -> Result<()> {
+        match &self.container {
+            Container::Runc(container) => container.kill(),
+            Container::Shim(process) => process.kill(9),
+            Container::Refused(_) => Ok(()),
+        }
+    }
+}
+
+fn by_runc(finished: Finished) -> Ended {
+    Ended {
+        code: finished.code().cast_unsigned(),
+        stdout: finished.stdout,
     }
 }
 
 /// Adds to a report how a process ended and what it said: a report, or else anything.
-fn note(id: &str, bundle: &Path, prefix: &str, finished: &Finished, report: &mut Report) {
-    let text = finished.out();
+fn note(id: &str, bundle: &Path, prefix: &str, ended: &Ended, report: &mut Report) {
+    let text = String::from_utf8_lossy(&ended.stdout);
     let text = text
         .replace(&*bundle.to_string_lossy(), "BUNDLE")
         .replace(id, "ID");
-    report.insert(format!("{prefix}exit code"), finished.code().to_string());
+    report.insert(format!("{prefix}exit code"), ended.code.to_string());
     match serde_json::from_str::<Report>(&text) {
         Ok(found) => {
             let found = found.into_iter();

@@ -75,6 +75,16 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
         ),
         process("no-new-privileges", json!({ "noNewPrivileges": true })).exec(&json!({})),
         process("new-privileges", json!({ "noNewPrivileges": false })).exec(&json!({})),
+        process(
+            "scheduler",
+            json!({ "scheduler": { "policy": "SCHED_BATCH", "nice": 7 } }),
+        )
+        .exec(&json!({})),
+        process(
+            "io-priority",
+            json!({ "ioPriority": { "class": "IOPRIO_CLASS_BE", "priority": 6 } }),
+        )
+        .exec(&json!({})),
         process("oom-score", json!({ "oomScoreAdj": 500 })).exec(&json!({})),
         process("oom-score-lowest", json!({ "oomScoreAdj": -1000 })),
         process("all-limits", json!({ "rlimits": LIMITS.map(limit) })).exec(&json!({})),

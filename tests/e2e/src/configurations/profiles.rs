@@ -45,17 +45,6 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
     ])
 }
 
-/// A container that only waits.
-pub(super) fn idle() -> Result<Configuration> {
-    let base = base::containerd()?;
-    Ok(Configuration::new(
-        Theme::Profiles,
-        "idle",
-        &base,
-        &json!({}),
-    ))
-}
-
 /// Docker's default container (26.1), without AppArmor and seccomp.
 pub(super) fn docker() -> Result<Value> {
     let mut spec = base::containerd()?;

@@ -8,13 +8,17 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::disk::{Programs, Workspace};
-use super::observe::{Runtime, Seen, Started, start, start_pod};
+use super::observe::{Runtime, Seen, Started, start};
 use super::{Configuration, Theme};
-use crate::ctr::{Container, ctr};
+use crate::ctr;
 use crate::differences::differences;
+use crate::shim::Shim;
 
 /// Configurations that run at a time: each is two clients that mostly wait for each other.
 const WORKERS: usize = 2;
+
+/// So many differences of a configuration are told.
+const SHOWN: usize = 20;
 
 /// Runs these under runc and under `runtime`; fails with every difference of every one.
 pub fn run(runtime: &str, mut configurations: Vec<Configuration>) -> Result<()> {
@@ -22,13 +26,11 @@ pub fn run(runtime: &str, mut configurations: Vec<Configuration>) -> Result<()> 
     configurations.reverse();
     let directory = Workspace::new()?;
     let programs = Programs::prepare(directory.path())?;
-    let idle = super::profiles::idle()?;
-    let pod = start_pod(&idle, runtime, &programs, directory.path())?;
+    let pod = ctr::Run::new(runtime).detach(&["sleep", "1000000"])?;
     let run = Run {
-        runtime,
+        shim: Shim::of(&pod)?,
         directory: directory.path(),
         programs,
-        pod: pod.id().to_owned(),
         waiting: Mutex::new(configurations),
         failures: Mutex::new(Vec::new()),
     };
@@ -39,7 +41,7 @@ pub fn run(runtime: &str, mut configurations: Vec<Configuration>) -> Result<()> 
     });
     let failures = run.failures.into_inner();
     let failures = failures.unwrap_or_else(PoisonError::into_inner);
-    end(pod)?;
+    drop(pod);
     directory.remove()?;
     ensure!(
         failures.is_empty(),
@@ -50,20 +52,10 @@ pub fn run(runtime: &str, mut configurations: Vec<Configuration>) -> Result<()> 
     Ok(())
 }
 
-fn end(pod: Container) -> Result<()> {
-    pod.kill("KILL")?;
-    let id = pod.id().to_owned();
-    // The client waits for the end of the task.
-    ctr(&["task", "delete", &id])?;
-    drop(pod);
-    Ok(())
-}
-
 struct Run<'a> {
-    runtime: &'a str,
+    shim: Shim,
     directory: &'a Path,
     programs: Programs,
-    pod: String,
     waiting: Mutex<Vec<Configuration>>,
     failures: Mutex<Vec<String>>,
 }
@@ -87,17 +79,13 @@ impl Run<'_> {
     }
 
     fn one(&self, configuration: &Configuration) -> Result<()> {
-        let start =
-            |runtime: Runtime<'_>| start(configuration, &runtime, &self.programs, self.directory);
+        let start = |runtime| start(configuration, runtime, &self.programs, self.directory);
         let runc = match configuration.theme {
             // runc may do anything.
             Theme::Unsupported => None,
             _ => Some(start(Runtime::Runc)?),
         };
-        let tested = start(Runtime::Containerd {
-            runtime: self.runtime,
-            pod: &self.pod,
-        })?;
+        let tested = start(Runtime::Shim(&self.shim))?;
         let runc = runc
             .map(Started::finish)
             .transpose()
@@ -113,9 +101,9 @@ fn judge(configuration: &Configuration, runc: &Seen, tested: &Seen) -> Result<()
             let new = differences(&configuration.name, runc, tested)?;
             ensure!(
                 new.is_empty(),
-                "{} difference(s):\n  {}",
+                "{} difference(s), the first:\n  {}",
                 new.len(),
-                new.join("\n  ")
+                new[..new.len().min(SHOWN)].join("\n  ")
             );
             Ok(())
         }
