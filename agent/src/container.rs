@@ -10,7 +10,8 @@ use std::{
 
 use bulkhead_agent_api::messages::{CreateContainerRequest, ExecRequest, StatsResponse, Stdio};
 use oci_spec::runtime::{
-    LinuxNamespaceType, LinuxPersonality, LinuxSeccomp, Process as ProcessSpec, Spec,
+    LinuxNamespaceType, LinuxPersonality, LinuxResources, LinuxSeccomp, Process as ProcessSpec,
+    Spec,
 };
 use tokio::{sync::Mutex as AsyncMutex, time::timeout};
 
@@ -34,6 +35,9 @@ use crate::{
 /// to take the container's last writes.
 const REMOVE_DEADLINE: Duration = Duration::from_secs(30);
 
+/// For the kernel to stop every process of a container, wherever in it they are.
+const FREEZE_DEADLINE: Duration = Duration::from_secs(8);
+
 /// Signals that do not end a process by default, signal(7).
 const HARMLESS: [i32; 4] = [libc::SIGCHLD, libc::SIGCONT, libc::SIGURG, libc::SIGWINCH];
 
@@ -43,6 +47,8 @@ const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 #[derive(Debug)]
 pub struct Container {
     cgroup: Cgroup,
+    /// What the cgroup is limited to. Locked for as long as that changes.
+    resources: AsyncMutex<LinuxResources>,
     seccomp: Option<LinuxSeccomp>,
     personality: Option<LinuxPersonality>,
     users: Option<IdMappings>,
@@ -105,6 +111,7 @@ impl Container {
         let owner = cgroup_owner(&spec, users.as_ref());
         let id = &request.container_id;
         let cgroup = Cgroup::create(&guest.cgroup_root, id, resources, owner)?;
+        let limits = resources.cloned().unwrap_or_default();
         let stdio = request.stdio.into_option().unwrap_or_default();
         let stage_request = Request {
             container: request.container_id.clone(),
@@ -135,6 +142,7 @@ impl Container {
         match launched.await {
             Ok((init, channel)) => Ok(Self {
                 cgroup,
+                resources: AsyncMutex::new(limits),
                 seccomp,
                 personality,
                 users,
@@ -340,6 +348,58 @@ impl Container {
         let removed = timeout(REMOVE_DEADLINE, self.cgroup.remove()).await;
         removed.map_err(|_| ServiceError::Deadline("the removal of the cgroup"))??;
         flush(guest.shared_dir.clone()).await
+    }
+
+    /// Stops every process.
+    pub async fn pause(&self) -> Result<(), ServiceError> {
+        let wrong = |state| ServiceError::WrongState {
+            what: "pause the container",
+            state,
+        };
+        if self.init.has_ended() {
+            return Err(wrong("its process has ended"));
+        }
+        // One that is not started cannot be found frozen by its start.
+        let waiting = self.waiting.lock().await;
+        if waiting.is_some() {
+            return Err(wrong("it is not started"));
+        }
+        match timeout(FREEZE_DEADLINE, self.cgroup.freeze(true)).await {
+            Ok(frozen) => Ok(frozen?),
+            Err(_) => {
+                self.resume().await?;
+                Err(ServiceError::Deadline("stopping the container's processes"))
+            }
+        }
+    }
+
+    /// Lets its processes go on.
+    pub async fn resume(&self) -> Result<(), ServiceError> {
+        let resumed = timeout(FREEZE_DEADLINE, self.cgroup.freeze(false)).await;
+        Ok(resumed.map_err(|_| ServiceError::Deadline("resuming the container's processes"))??)
+    }
+
+    /// Changes limits: those in this `linux.resources`, whatever else was set.
+    pub async fn update(&self, changes: &[u8]) -> Result<(), ServiceError> {
+        let mut resources = self.resources.lock().await;
+        let next = spec::merge_resources(&resources, changes)?;
+        self.cgroup.update(&resources, &next)?;
+        *resources = next;
+        Ok(())
+    }
+
+    /// Waits until the kernel has ended more than `known` processes for lack of memory, or the
+    /// container's own has ended. Returns how many.
+    pub async fn wait_for_oom(&self, known: u64) -> Result<u64, ServiceError> {
+        tokio::select! {
+            kills = self.cgroup.more_oom_kills(known) => Ok(kills?),
+            _ = self.init.wait() => self.oom_kills(),
+        }
+    }
+
+    /// How many processes the kernel has ended for lack of memory.
+    pub fn oom_kills(&self) -> Result<u64, ServiceError> {
+        Ok(self.cgroup.oom_kills()?)
     }
 
     /// Numbers of the container's cgroup.

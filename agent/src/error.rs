@@ -119,6 +119,12 @@ impl ServiceError {
                 FailureKind::Internal => Code::INTERNAL,
             },
             Self::Deadline(_) => Code::DEADLINE_EXCEEDED,
+            // A value that the kernel does not take.
+            Self::Cgroup(CgroupError::Set { source, .. })
+                if matches!(source.raw_os_error(), Some(libc::EINVAL | libc::ERANGE)) =>
+            {
+                Code::INVALID_ARGUMENT
+            }
             Self::Cgroup(_) | Self::StageVanished { .. } | Self::System { .. } => Code::INTERNAL,
         }
     }

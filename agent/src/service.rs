@@ -10,7 +10,8 @@ use async_trait::async_trait;
 use bulkhead_agent_api::{
     messages::{
         ContainerRequest, CreateContainerRequest, Empty, ExecRequest, InfoRequest, InfoResponse,
-        ProcessRequest, ResizePtyRequest, SignalRequest, StatsResponse, WaitResponse,
+        OomRequest, OomResponse, ProcessRequest, ResizePtyRequest, SignalRequest, StatsResponse,
+        UpdateRequest, WaitResponse,
     },
     service::Agent,
 };
@@ -179,9 +180,16 @@ impl Agent for Service {
         let container = self.0.container(&request.container_id)?;
         let process = container.process(&request.container_id, &request.exec_id)?;
         let exit = process.wait().await;
+        // Another process's end says nothing of the container's.
+        let oom_kills = match request.exec_id.is_empty() {
+            // Where nothing counts them, nothing limits memory either.
+            true => container.oom_kills().unwrap_or(0),
+            false => 0,
+        };
         Ok(WaitResponse {
             status: exit.status,
             exited_at_ns: exit.at_ns,
+            oom_kills,
             ..WaitResponse::default()
         })
     }
@@ -229,5 +237,36 @@ impl Agent for Service {
         request: ContainerRequest,
     ) -> ttrpc::Result<StatsResponse> {
         Ok(self.0.container(&request.container_id)?.stats()?)
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        self.finish(async move { container.pause().await }).await?;
+        Ok(Empty::default())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        self.finish(async move { container.resume().await }).await?;
+        Ok(Empty::default())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        self.finish(async move { container.update(&request.resources).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn wait_for_oom(
+        &self,
+        _: &TtrpcContext,
+        request: OomRequest,
+    ) -> ttrpc::Result<OomResponse> {
+        let container = self.0.container(&request.container_id)?;
+        Ok(OomResponse {
+            kills: container.wait_for_oom(request.known_kills).await?,
+            ..OomResponse::default()
+        })
     }
 }

@@ -8,7 +8,7 @@ use std::{
 use bulkhead_agent_api::{
     messages::{
         ContainerRequest, CreateContainerRequest, ExecRequest, InfoRequest, InfoResponse,
-        ProcessRequest, ResizePtyRequest, SignalRequest, StatsResponse,
+        OomRequest, ProcessRequest, ResizePtyRequest, SignalRequest, StatsResponse, UpdateRequest,
     },
     service::AgentClient as Service,
 };
@@ -107,6 +107,9 @@ pub struct Exit {
     pub status: u8,
     /// When.
     pub at: SystemTime,
+    /// How many processes of the container have been ended for lack of memory until then; known at
+    /// the end of its own process alone.
+    pub oom_kills: u64,
 }
 
 impl Exit {
@@ -115,6 +118,7 @@ impl Exit {
         Self {
             status,
             at: SystemTime::now(),
+            oom_kills: 0,
         }
     }
 }
@@ -164,6 +168,43 @@ impl AgentClient {
         .await
     }
 
+    /// Waits until more than `known` processes of a container have been ended for lack of memory, or
+    /// its own process has ended; returns how many. The end of the VM ends the wait.
+    pub async fn wait_for_oom(&self, container: &str, known: u64) -> Result<u64, AgentError> {
+        let request = OomRequest {
+            container_id: container.to_owned(),
+            known_kills: known,
+            ..OomRequest::default()
+        };
+        let answer = self.service.wait_for_oom(Context::default(), &request);
+        Ok(answer.await.map_err(AgentError::from_ttrpc)?.kills)
+    }
+
+    /// Stops every process of a container.
+    pub async fn pause(&self, container: &str) -> Result<(), AgentError> {
+        let request = whole(container);
+        let answer = self.service.pause(Context::default(), &request);
+        call("Pause", QUICK_DEADLINE, answer).await.map(drop)
+    }
+
+    /// Lets them go on.
+    pub async fn resume(&self, container: &str) -> Result<(), AgentError> {
+        let request = whole(container);
+        let answer = self.service.resume(Context::default(), &request);
+        call("Resume", QUICK_DEADLINE, answer).await.map(drop)
+    }
+
+    /// Changes a container's limits, an OCI `linux.resources` object as JSON.
+    pub async fn update(&self, container: &str, resources: Vec<u8>) -> Result<(), AgentError> {
+        let request = UpdateRequest {
+            container_id: container.to_owned(),
+            resources,
+            ..UpdateRequest::default()
+        };
+        let answer = self.service.update(Context::default(), &request);
+        call("Update", QUICK_DEADLINE, answer).await.map(drop)
+    }
+
     /// Sets a container up.
     pub async fn create(&self, request: &CreateContainerRequest) -> Result<(), AgentError> {
         call(
@@ -177,10 +218,7 @@ impl AgentClient {
 
     /// Starts a container's own process.
     pub async fn start(&self, container: &str) -> Result<(), AgentError> {
-        let request = ContainerRequest {
-            container_id: container.to_owned(),
-            ..ContainerRequest::default()
-        };
+        let request = whole(container);
         call(
             "StartContainer",
             SETUP_DEADLINE,
@@ -213,6 +251,7 @@ impl AgentClient {
             status: u8::try_from(answer.status)
                 .map_err(|_| AgentError::Invalid { call: "Wait" })?,
             at: plausible_time(answer.exited_at_ns, SystemTime::now()),
+            oom_kills: answer.oom_kills,
         })
     }
 
@@ -278,10 +317,7 @@ impl AgentClient {
 
     /// What a container uses.
     pub async fn stats(&self, container: &str) -> Result<StatsResponse, AgentError> {
-        let request = ContainerRequest {
-            container_id: container.to_owned(),
-            ..ContainerRequest::default()
-        };
+        let request = whole(container);
         let stats = call(
             "Stats",
             STATS_DEADLINE,
@@ -296,6 +332,13 @@ impl AgentClient {
             return Err(AgentError::Invalid { call: "Stats" });
         }
         Ok(stats)
+    }
+}
+
+fn whole(container: &str) -> ContainerRequest {
+    ContainerRequest {
+        container_id: container.to_owned(),
+        ..ContainerRequest::default()
     }
 }
 

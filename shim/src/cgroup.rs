@@ -224,8 +224,11 @@ fn bandwidth(cpu: &Cpu) -> Option<String> {
         .period
         .filter(|period| *period != 0)
         .unwrap_or(DEFAULT_PERIOD);
-    // No quota, or a negative one, is none.
-    let quota = u64::try_from(cpu.quota?).ok().filter(|quota| *quota != 0)?;
+    let quota = cpu.quota.filter(|quota| *quota != 0)?;
+    // A negative one takes away what there was.
+    let Ok(quota) = u64::try_from(quota) else {
+        return Some(format!("max {period}"));
+    };
     let quota = quota.saturating_add(quota / 4).max(MIN_QUOTA);
     Some(format!("{quota} {period}"))
 }
@@ -379,7 +382,8 @@ mod tests {
             limit(Some(100), Some(10_000)).as_deref(),
             Some("1000 10000")
         );
-        assert_eq!(limit(Some(-1), Some(10_000)), None);
+        assert_eq!(limit(Some(-1), Some(10_000)).as_deref(), Some("max 10000"));
+        assert_eq!(limit(Some(0), Some(10_000)), None);
         assert_eq!(limit(None, Some(10_000)), None);
     }
 

@@ -1,5 +1,7 @@
 //! A container: its own process, those that were exec'd, and what it has on the host.
 
+mod adjust;
+
 use std::{
     collections::BTreeMap,
     path::PathBuf,
@@ -17,6 +19,7 @@ use tokio::{
 };
 use ttrpc::Code;
 
+use self::adjust::Adjusted;
 use crate::{
     agent_client::{AgentClient, AgentError, Exit},
     anchor::{Anchor, AnchorEvent, Network},
@@ -133,6 +136,7 @@ pub struct Container {
     host: Arc<Host>,
     execs: Mutex<BTreeMap<String, Exec>>,
     resources: AsyncMutex<Resources>,
+    adjusted: Adjusted,
 }
 
 impl Container {
@@ -142,6 +146,7 @@ impl Container {
             id: parts.id,
             bundle: parts.bundle,
             init: parts.init,
+            adjusted: Adjusted::new(parts.spec.cpu()),
             spec: parts.spec,
             anchors: parts.anchors,
             host,
@@ -191,7 +196,7 @@ impl Container {
     }
 
     /// Starts the container's own process. Returns its PID.
-    pub async fn start(&self) -> Result<u32, TaskError> {
+    pub async fn start(self: &Arc<Self>) -> Result<u32, TaskError> {
         self.init
             .begin_start()
             .map_err(|phase| self.cannot_start("", phase))?;
@@ -207,6 +212,7 @@ impl Container {
             ..Default::default()
         }));
         self.init.started();
+        tokio::spawn(self.clone().watch_memory());
         let pod = &self.host.pod;
         if pod.timeline().reached(timeline::Phase::ContainerStarted) {
             pod.write_timeline();
@@ -281,6 +287,7 @@ impl Container {
                 self.id
             )));
         }
+        self.check_not_paused(exec_id)?;
         let parsed: spec::Process = serde_json::from_slice(&spec)
             .map_err(|error| TaskError::Invalid(format!("Cannot parse the process: {error}")))?;
         let mut execs = self.execs();
@@ -318,6 +325,7 @@ impl Container {
                 self.id
             )));
         }
+        self.check_not_paused(exec_id)?;
         process
             .begin_start()
             .map_err(|phase| self.cannot_start(exec_id, phase))?;
@@ -443,6 +451,7 @@ impl Container {
         process.settled().await;
         if process.exec_id.is_empty() {
             self.end_execs().await;
+            self.tell_oom(exit.oom_kills);
         }
         anchor.finish(exit.status).await;
         self.publish_exit(&process, exit);
@@ -604,14 +613,5 @@ impl Container {
             tracing::warn!(exec_id, error, "The agent cannot release an exec");
         }
         Ok((process.pid(), exit))
-    }
-
-    /// What the container uses.
-    pub async fn stats(&self) -> Result<bulkhead_agent_api::messages::StatsResponse, TaskError> {
-        let agent = self.agent().await?;
-        match agent.stats(&self.id).await {
-            Ok(stats) => Ok(stats),
-            Err(error) => Err(self.explained(error).await),
-        }
     }
 }

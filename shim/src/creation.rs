@@ -206,8 +206,8 @@ async fn build(
         });
     }
     // Not before: the VM boots unhindered, and runs nothing of the container's yet.
-    if is_first && let Some(cpu) = spec.cpu() {
-        host.pod.limit_cpu(cpu)?;
+    if is_first {
+        host.pod.limit_cpu(&spec.cpu())?;
     }
     Ok((spec, process, agent))
 }

@@ -52,6 +52,12 @@ pub enum Event {
     ExecAdded(messages::TaskExecAdded),
     /// A further process was started.
     ExecStarted(messages::TaskExecStarted),
+    /// A container's processes stand still.
+    Paused(messages::TaskPaused),
+    /// They go on.
+    Resumed(messages::TaskResumed),
+    /// The kernel has ended a process of a container for lack of memory.
+    Oom(messages::TaskOOM),
 }
 
 /// Failures of an attempt to tell containerd.
@@ -88,6 +94,9 @@ impl Event {
             Self::Delete(message) => ("/tasks/delete", any(message)),
             Self::ExecAdded(message) => ("/tasks/exec-added", any(message)),
             Self::ExecStarted(message) => ("/tasks/exec-started", any(message)),
+            Self::Paused(message) => ("/tasks/paused", any(message)),
+            Self::Resumed(message) => ("/tasks/resumed", any(message)),
+            Self::Oom(message) => ("/tasks/oom", any(message)),
         };
         Ok(Envelope {
             timestamp: MessageField::some(timestamp(now)),

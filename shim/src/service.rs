@@ -40,8 +40,8 @@ use crate::{
     text,
 };
 
-/// The longest `process` object of an exec that is passed to the guest, in bytes.
-const MAX_PROCESS: usize = 1 << 20;
+/// The longest OCI object in JSON that is passed to the guest, in bytes.
+const MAX_OBJECT: usize = 1 << 20;
 
 /// A container, or the promise of one.
 #[derive(Debug, Clone)]
@@ -295,6 +295,7 @@ impl Service {
         };
         state.status = match process.phase() {
             Phase::Created | Phase::Starting => Status::CREATED,
+            Phase::Running if request.exec_id.is_empty() && container.is_paused() => Status::PAUSED,
             Phase::Running => Status::RUNNING,
             Phase::Stopped(exit) => {
                 state.exit_status = exit.status.into();
@@ -312,12 +313,7 @@ impl Service {
             return Err(TaskError::Invalid("An exec needs an id".into()));
         }
         let spec = request.spec.value.clone();
-        if spec.len() > MAX_PROCESS {
-            return Err(TaskError::Invalid(format!(
-                "The process is described by {} bytes; {MAX_PROCESS} are possible",
-                spec.len()
-            )));
-        }
+        check_size("The process is", &spec)?;
         let paths = Paths {
             terminal: request.terminal,
             stdin: request.stdin,
@@ -349,6 +345,16 @@ impl Service {
             ..PidsResponse::default()
         })
     }
+}
+
+fn check_size(what: &str, object: &[u8]) -> Result<(), TaskError> {
+    if object.len() > MAX_OBJECT {
+        return Err(TaskError::Invalid(format!(
+            "{what} described by {} bytes; {MAX_OBJECT} are possible",
+            object.len()
+        )));
+    }
+    Ok(())
 }
 
 fn exec_details(exec_id: &str) -> Result<Any, TaskError> {
@@ -415,12 +421,16 @@ impl Task for Service {
         Ok(self.list_pids(&request)?)
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {
-        Err(TaskError::Unsupported("pausing containers").into())
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        to_the_end(async move { container.pause().await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<Empty> {
-        Err(TaskError::Unsupported("pausing containers").into())
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        to_the_end(async move { container.resume().await }).await?;
+        Ok(Empty::new())
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
@@ -461,8 +471,12 @@ impl Task for Service {
         Ok(Empty::new())
     }
 
-    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        Err(TaskError::Unsupported("updating resources").into())
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        let resources = request.resources.value.clone();
+        check_size("The resources are", &resources)?;
+        to_the_end(async move { container.update(resources).await }).await?;
+        Ok(Empty::new())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {

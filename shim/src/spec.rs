@@ -210,7 +210,7 @@ pub struct LinuxResources {
 }
 
 /// `linux.resources.cpu`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 pub struct Cpu {
     /// Its share of a busy CPU, next to others; 0 is none.
     pub shares: Option<u64>,
@@ -218,6 +218,17 @@ pub struct Cpu {
     pub quota: Option<i64>,
     /// The period, in microseconds.
     pub period: Option<u64>,
+}
+
+impl Cpu {
+    /// With these changes; what they do not give, or give as 0, stays.
+    pub fn changed_by(self, changes: Self) -> Self {
+        Self {
+            shares: changes.shares.filter(|new| *new != 0).or(self.shares),
+            quota: changes.quota.filter(|new| *new != 0).or(self.quota),
+            period: changes.period.filter(|new| *new != 0).or(self.period),
+        }
+    }
 }
 
 /// An element of `linux.namespaces`
@@ -266,8 +277,10 @@ pub struct Hook {
 
 impl Spec {
     /// The limits of CPU time.
-    pub fn cpu(&self) -> Option<&Cpu> {
-        self.linux.as_ref()?.resources.as_ref()?.cpu.as_ref()
+    pub fn cpu(&self) -> Cpu {
+        let linux = self.linux.as_ref();
+        let resources = linux.and_then(|linux| linux.resources.as_ref());
+        resources.and_then(|all| all.cpu).unwrap_or_default()
     }
 
     /// Whether there are hooks that run before the container is set up.

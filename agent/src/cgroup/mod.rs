@@ -1,6 +1,7 @@
 //! A container's cgroup (v2): made before its first process, removed after its last.
 
 pub mod devices_bpf;
+mod events;
 pub mod limits;
 mod stats;
 
@@ -11,9 +12,8 @@ use std::{
 };
 
 use oci_spec::runtime::LinuxResources;
-use rustix::fs::{Mode, OFlags, inotify};
+use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
-use tokio::io::{Interest, unix::AsyncFd};
 
 /// Names of the files that may be given to somebody else.
 const DELEGATE: &str = "/sys/kernel/cgroup/delegate";
@@ -93,15 +93,42 @@ impl Cgroup {
 
     fn limit(&self, resources: Option<&LinuxResources>) -> Result<(), CgroupError> {
         for (file, value) in resources.map(limits::files).unwrap_or_default() {
-            fs::write(self.path.join(&file), &value).map_err(|source| CgroupError::Set {
-                file,
-                value,
-                source,
-            })?;
+            self.set(file, value)?;
         }
         let rules = resources.and_then(|resources| resources.devices().as_deref());
         let program = devices_bpf::program(rules.unwrap_or_default());
         devices_bpf::attach(&self.open()?, &program)
+    }
+
+    fn set(&self, file: String, value: String) -> Result<(), CgroupError> {
+        let written = fs::write(self.path.join(&file), &value);
+        written.map_err(|source| CgroupError::Set {
+            file,
+            value,
+            source,
+        })
+    }
+
+    /// Goes over to other limits. Those that were set already are set back when one fails.
+    pub fn update(&self, now: &LinuxResources, next: &LinuxResources) -> Result<(), CgroupError> {
+        let now = limits::files(now);
+        let mut replaced = Vec::new();
+        for (file, value) in limits::files(next) {
+            if now.contains(&(file.clone(), value.clone())) {
+                continue;
+            }
+            let path = self.path.join(&file);
+            let before = fs::read_to_string(&path).map_err(file_error("read", &path))?;
+            if let Err(error) = self.set(file.clone(), value) {
+                for (file, value) in replaced.into_iter().rev() {
+                    // The first error is the one to tell.
+                    let _ = self.set(file, value);
+                }
+                return Err(error);
+            }
+            replaced.push((file, before));
+        }
+        Ok(())
     }
 
     /// Gives a user what the kernel says is safe to delegate (cgroup-v2.rst, "Delegation").
@@ -165,7 +192,7 @@ impl Cgroup {
             Err(CgroupError::File { source, .. }) if is_gone(&source) => return Ok(()),
             other => other?,
         }
-        self.empty().await?;
+        self.until_empty().await?;
         // Children first.
         for dir in self.tree()?.iter().rev() {
             match fs::remove_dir(dir) {
@@ -176,31 +203,6 @@ impl Cgroup {
             }
         }
         Ok(())
-    }
-
-    /// Waits for `populated 0`. The kernel announces changes of `cgroup.events` as modifications.
-    async fn empty(&self) -> Result<(), CgroupError> {
-        let file = self.path.join("cgroup.events");
-        let watch = || -> io::Result<AsyncFd<OwnedFd>> {
-            let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
-            let watcher = inotify::init(flags)?;
-            inotify::add_watch(&watcher, &file, inotify::WatchFlags::MODIFY)?;
-            crate::transport::watch(watcher, Interest::READABLE)
-        };
-        let events = watch().map_err(file_error("watch", &file))?;
-        loop {
-            let text = fs::read_to_string(&file).map_err(file_error("read", &file))?;
-            if text.lines().any(|line| line == "populated 0") {
-                return Ok(());
-            }
-            let mut ready = events
-                .readable()
-                .await
-                .map_err(file_error("watch", &file))?;
-            // What it says does not matter, only that it has come.
-            let _ = rustix::io::read(events.get_ref(), &mut [0; 4096]);
-            ready.clear_ready();
-        }
     }
 
     /// The cgroup's directory and all below, parents before children.

@@ -3,6 +3,7 @@
 
 mod checks;
 mod lossless;
+mod update;
 
 use std::{collections::HashSet, path::Path};
 
@@ -10,6 +11,8 @@ use nix::sys::stat::SFlag;
 use oci_spec::runtime::{LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Process, Spec};
 use serde::{Serialize, de::DeserializeOwned};
 use thiserror::Error;
+
+pub use self::update::merge_resources;
 
 /// Why a spec is refused.
 #[derive(Debug, Error)]

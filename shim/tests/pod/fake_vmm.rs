@@ -20,7 +20,8 @@ use bulkhead_agent_api::{
     AGENT_PORT, STREAM_PORT,
     messages::{
         ContainerRequest, CreateContainerRequest, Empty, ExecRequest, InfoRequest, InfoResponse,
-        ProcessRequest, ResizePtyRequest, SignalRequest, StatsResponse, Stdio, WaitResponse,
+        OomRequest, OomResponse, ProcessRequest, ResizePtyRequest, SignalRequest, StatsResponse,
+        Stdio, UpdateRequest, WaitResponse,
     },
     service::{Agent, create_agent},
 };
@@ -352,6 +353,8 @@ impl Agent for FakeAgent {
         Ok(WaitResponse {
             status,
             exited_at_ns: u64::try_from(now.as_nanos()).unwrap(),
+            // The kernel's doing.
+            oom_kills: u64::from(process.arguments == ["sleep", "hungry"]),
             ..WaitResponse::default()
         })
     }
@@ -385,5 +388,38 @@ impl Agent for FakeAgent {
         let mut stats = StatsResponse::default();
         stats.cpu.mut_or_insert_default().usage_usec = 42;
         Ok(stats)
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        self.find(&request.container_id, "")?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        self.find(&request.container_id, "")?;
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> ttrpc::Result<Empty> {
+        self.find(&request.container_id, "")?;
+        let resources: serde_json::Value = serde_json::from_slice(&request.resources).unwrap();
+        if resources["pids"]["limit"] == 13 {
+            return Err(get_rpc_status(Code::INVALID_ARGUMENT, "not this one"));
+        }
+        Ok(Empty::new())
+    }
+
+    async fn wait_for_oom(
+        &self,
+        _: &TtrpcContext,
+        request: OomRequest,
+    ) -> ttrpc::Result<OomResponse> {
+        let process = self.find(&request.container_id, "")?;
+        let mut exit = process.exit.subscribe();
+        exit.wait_for(Option::is_some).await.unwrap();
+        Ok(OomResponse {
+            kills: request.known_kills,
+            ..OomResponse::default()
+        })
     }
 }

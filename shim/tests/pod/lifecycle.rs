@@ -4,8 +4,8 @@ use std::{fs, io::Read};
 
 use containerd_shim_protos::{
     api::{
-        CloseIORequest, ConnectRequest, ConnectResponse, ExecProcessRequest, KillRequest,
-        PauseRequest, PidsRequest, ShutdownRequest, StateRequest, StatsRequest, Status,
+        CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, ExecProcessRequest,
+        KillRequest, PidsRequest, ShutdownRequest, StateRequest, StatsRequest, Status,
     },
     cgroups_v2::metrics::Metrics,
     shim_async::{Client, TaskClient},
@@ -15,7 +15,7 @@ use ttrpc::Code;
 
 use crate::containerd::{Containerd, deadline, delete, start, wait, wait_gone, write_fifo};
 
-fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Code {
+pub fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Code {
     match result {
         Err(ttrpc::Error::RpcStatus(status)) => status.code(),
         other => panic!("no status: {other:?}"),
@@ -58,7 +58,7 @@ pub async fn try_shut_down(client: &TaskClient) {
         .unwrap();
 }
 
-fn exec(id: &str, exec_id: &str, args: &[&str]) -> ExecProcessRequest {
+pub fn exec(id: &str, exec_id: &str, args: &[&str]) -> ExecProcessRequest {
     ExecProcessRequest {
         id: id.into(),
         exec_id: exec_id.into(),
@@ -365,12 +365,12 @@ pub async fn error_codes() {
         code(client.wait(deadline(), &wait("c1", "nobody")).await),
         Code::NOT_FOUND
     );
-    let pause = PauseRequest {
+    let checkpoint = CheckpointTaskRequest {
         id: "c1".into(),
-        ..PauseRequest::default()
+        ..CheckpointTaskRequest::default()
     };
     assert_eq!(
-        code(client.pause(deadline(), &pause).await),
+        code(client.checkpoint(deadline(), &checkpoint).await),
         Code::UNIMPLEMENTED
     );
     client.start(deadline(), &start("c1", "")).await.unwrap();

@@ -1,6 +1,7 @@
 //! Whole pods against a VMM without a VM: life-cycles, failures, crashes, and that nothing is
 //! left after any of them. Needs root, but neither KVM nor containerd.
 
+mod adjust;
 mod check;
 mod containerd;
 mod crashes;
@@ -33,6 +34,12 @@ fn trials() -> Vec<Trial> {
         trial("errors_have_their_codes", lifecycle::error_codes),
         trial("pods_are_shared_by_annotation", lifecycle::groups),
         trial("a_refused_container_leaves_nothing", lifecycle::refused),
+        trial("a_paused_container_can_be_killed", adjust::paused),
+        trial("limits_change_while_it_runs", adjust::updated),
+        trial(
+            "lack_of_memory_is_told_before_the_end",
+            adjust::out_of_memory,
+        ),
         trial("early_hooks_find_the_root", lifecycle::hooks),
         trial("a_killed_vmm_releases_everybody", crashes::vmm_killed),
         trial("a_stuck_guest_is_killed_from_outside", crashes::guest_stuck),
