@@ -40,7 +40,7 @@ const CONTROLLERS: [&str; 2] = ["memory", "pids"];
 
 /// The period of CPU quotas in microseconds where the specification names none, as for the kernel
 /// (cgroup-v2.rst, `cpu.max`).
-const DEFAULT_PERIOD: u64 = 100_000;
+pub const DEFAULT_PERIOD: u64 = 100_000;
 
 /// The shortest quota that the kernel takes, in microseconds.
 const MIN_QUOTA: u64 = 1_000;
@@ -363,6 +363,7 @@ mod tests {
             shares,
             quota,
             period,
+            cpus: None,
         };
         for (shares, expected) in [
             (0, None),

@@ -36,7 +36,7 @@ const ANNOTATIONS: [&str; 5] = [
 const MIN_MEMORY_MIB: u32 = 32;
 
 /// The most vCPUs: one byte of APIC identifier, 255 being broadcast.
-const MAX_VCPUS: u8 = 254;
+pub const MAX_VCPUS: u8 = 254;
 
 /// The settings of a machine. Every key has a default; unknown keys are errors.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]

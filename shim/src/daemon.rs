@@ -28,6 +28,7 @@ use crate::{
     pod::{Pod, PodSettings},
     privileges,
     service::Service,
+    sizing::{self, Machine},
     spec::Spec,
     text,
     timeline::{self, Phase, Timeline},
@@ -98,7 +99,9 @@ pub fn run(settings: Daemon, spec: &Spec, listener: net::UnixListener) -> ExitCo
     let none = HashMap::default();
     let annotations = spec.annotations.as_ref().unwrap_or(&none);
     let pod_settings = PodSettings {
-        config: config.and_then(|config| config.with_annotations(annotations)),
+        config: config.and_then(|config| {
+            sizing::fit(config, spec, &Machine::this()).with_annotations(annotations)
+        }),
         namespace: settings.namespace.clone(),
         group: settings.group,
         cgroup: pod_cgroup,

@@ -39,6 +39,7 @@ pub mod process;
 pub mod rootfs;
 pub mod service;
 pub mod shares;
+mod sizing;
 pub mod spec;
 pub mod start;
 pub mod state;

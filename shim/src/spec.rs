@@ -207,10 +207,19 @@ pub struct Linux {
 pub struct LinuxResources {
     /// Of CPU time.
     pub cpu: Option<Cpu>,
+    /// Of memory.
+    pub memory: Option<Memory>,
+}
+
+/// `linux.resources.memory`
+#[derive(Debug, Default, Deserialize)]
+pub struct Memory {
+    /// In bytes; not positive is without a limit.
+    pub limit: Option<i64>,
 }
 
 /// `linux.resources.cpu`
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 pub struct Cpu {
     /// Its share of a busy CPU, next to others; 0 is none.
     pub shares: Option<u64>,
@@ -218,16 +227,16 @@ pub struct Cpu {
     pub quota: Option<i64>,
     /// The period, in microseconds.
     pub period: Option<u64>,
+    /// The CPUs that it may run on, as a list of their numbers.
+    pub cpus: Option<String>,
 }
 
 impl Cpu {
-    /// With these changes; what they do not give, or give as 0, stays.
-    pub fn changed_by(self, changes: Self) -> Self {
-        Self {
-            shares: changes.shares.filter(|new| *new != 0).or(self.shares),
-            quota: changes.quota.filter(|new| *new != 0).or(self.quota),
-            period: changes.period.filter(|new| *new != 0).or(self.period),
-        }
+    /// Takes over the changes to times and shares; what they do not give, or give as 0, stays.
+    pub fn change(&mut self, changes: &Self) {
+        self.shares = changes.shares.filter(|new| *new != 0).or(self.shares);
+        self.quota = changes.quota.filter(|new| *new != 0).or(self.quota);
+        self.period = changes.period.filter(|new| *new != 0).or(self.period);
     }
 }
 
@@ -278,9 +287,22 @@ pub struct Hook {
 impl Spec {
     /// The limits of CPU time.
     pub fn cpu(&self) -> Cpu {
-        let linux = self.linux.as_ref();
-        let resources = linux.and_then(|linux| linux.resources.as_ref());
-        resources.and_then(|all| all.cpu).unwrap_or_default()
+        let cpu = self.resources().and_then(|resources| resources.cpu.clone());
+        cpu.unwrap_or_default()
+    }
+
+    /// The CPUs that the container may run on.
+    pub fn cpuset(&self) -> Option<&str> {
+        self.resources()?.cpu.as_ref()?.cpus.as_deref()
+    }
+
+    /// The limit of memory in bytes.
+    pub fn memory_limit(&self) -> Option<i64> {
+        self.resources()?.memory.as_ref()?.limit
+    }
+
+    fn resources(&self) -> Option<&LinuxResources> {
+        self.linux.as_ref()?.resources.as_ref()
     }
 
     /// Whether there are hooks that run before the container is set up.

@@ -109,7 +109,7 @@ impl Container {
             .map_err(|error| TaskError::Invalid(format!("Cannot parse the resources: {error}")))?;
         self.told(self.agent().await?.update(&self.id, resources).await)
             .await?;
-        *cpu = cpu.changed_by(changes.cpu.unwrap_or_default());
+        cpu.change(&changes.cpu.unwrap_or_default());
         // The cgroup of the pod's first container is the pod's.
         if self.anchors.parent() == self.host.pod_cgroup.as_deref() {
             self.host.pod.limit_cpu(&cpu)?;
