@@ -11,7 +11,7 @@ use bulkhead_vmm_control::VmConfig;
 use serde::Deserialize;
 use thiserror::Error;
 
-use crate::ids::IdSpace;
+use crate::{ids::IdSpace, options::Options};
 
 /// Where the configuration is, unless [`PATH_VARIABLE`] names another file.
 pub const PATH: &str = "/etc/bulkhead/config.toml";
@@ -179,6 +179,22 @@ pub enum ConfigError {
 }
 
 impl Config {
+    /// Reads a pod's configuration: the one that its options name, which must be there, or else the
+    /// machine's.
+    pub fn of_pod(options: &Options) -> Result<Self, ConfigError> {
+        match options {
+            Options::None => Self::load(),
+            Options::Text(text) => Self::parse(text, Path::new("ConfigBody")),
+            Options::Path(path) => match fs::read_to_string(path) {
+                Ok(text) => Self::parse(&text, path),
+                Err(source) => Err(ConfigError::Read {
+                    path: path.clone(),
+                    source,
+                }),
+            },
+        }
+    }
+
     /// Reads the machine's configuration; a missing file means the defaults.
     pub fn load() -> Result<Self, ConfigError> {
         let path = env::var_os(PATH_VARIABLE).map_or_else(|| PATH.into(), PathBuf::from);
@@ -328,6 +344,19 @@ mod tests {
     #[test]
     fn nothing_means_the_defaults() {
         assert_eq!(parse(""), Ok(Config::default()));
+    }
+
+    #[test]
+    fn a_pod_may_have_another() {
+        let text = |text: &str| Config::of_pod(&Options::Text(text.to_owned()));
+        assert_eq!(text("vcpus = 2").unwrap().vcpus, 2);
+        let error = text("cpus = 2").unwrap_err().to_string();
+        assert!(error.contains("ConfigBody is invalid: line 1"), "{error}");
+        let missing = Options::Path("/no/such/file".into());
+        assert!(matches!(
+            Config::of_pod(&missing),
+            Err(ConfigError::Read { .. })
+        ));
     }
 
     #[test]

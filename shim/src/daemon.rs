@@ -25,6 +25,7 @@ use crate::{
     container::Host,
     events::Events,
     logging,
+    options::Options,
     pod::{Pod, PodSettings},
     privileges,
     service::Service,
@@ -52,6 +53,8 @@ pub struct Daemon {
     pub id: String,
     /// Name of the pod.
     pub group: String,
+    /// What containerd says of the runtime's configuration.
+    pub options: Options,
     /// The first container's bundle.
     pub bundle: PathBuf,
     /// Log more.
@@ -76,7 +79,7 @@ enum DaemonError {
 /// Runs the daemon until the pod is no more.
 pub fn run(settings: Daemon, spec: &Spec, listener: net::UnixListener) -> ExitCode {
     let daemon_ns = timeline::now_ns();
-    let config = Config::load();
+    let config = Config::of_pod(&settings.options);
     let level = match &config {
         _ if settings.debug => Level::DEBUG,
         Ok(config) => config.log_level.into(),

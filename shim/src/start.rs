@@ -19,6 +19,7 @@ use crate::{
     address::{Address, AddressError, Claim},
     args::Arguments,
     daemon::{self, Daemon},
+    options::{Options, OptionsError},
     spec::{Spec, SpecError},
 };
 
@@ -34,6 +35,9 @@ pub enum StartError {
     /// The socket is unusable.
     #[error(transparent)]
     Address(#[from] AddressError),
+    /// containerd's options are unusable.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
     /// The working directory is unknown.
     #[error("Cannot find the bundle's directory")]
     Bundle(#[source] io::Error),
@@ -58,6 +62,7 @@ struct Bootstrap {
 /// when the pod is no more.
 pub fn run(arguments: &Arguments, started_ns: u64) -> Result<ExitCode, StartError> {
     let bundle = env::current_dir().map_err(StartError::Bundle)?;
+    let options = Options::receive(&bundle)?;
     let spec = Spec::read_if_there(&bundle)?;
     let group = spec.group(&arguments.id)?;
     let address = Address::new(&arguments.address, &arguments.namespace, &group);
@@ -70,6 +75,7 @@ pub fn run(arguments: &Arguments, started_ns: u64) -> Result<ExitCode, StartErro
                     namespace: arguments.namespace.clone(),
                     id: arguments.id.clone(),
                     group,
+                    options,
                     bundle,
                     debug: arguments.debug,
                     started_ns,
