@@ -78,6 +78,11 @@ impl Container {
             let index = usize::try_from(mount.index).unwrap_or(usize::MAX);
             binds.insert(index, share(&mount.share)?);
         }
+        let mut hook_programs = HashMap::new();
+        for hook in &request.create_container_hooks {
+            let index = usize::try_from(hook.index).unwrap_or(usize::MAX);
+            hook_programs.insert(index, share(&hook.share)?);
+        }
         let supplied = Supplied {
             shares: binds.keys().copied().collect(),
             namespaces: neighbours.kinds(),
@@ -124,6 +129,8 @@ impl Container {
                 spec,
                 rootfs,
                 binds,
+                bundle: request.bundle.into(),
+                hook_programs,
                 joined: flags,
             })),
         };

@@ -121,6 +121,8 @@ impl Process {
 #[derive(Debug)]
 pub struct StageChannel {
     fd: AsyncFd<OwnedFd>,
+    /// For anything that is to be heard.
+    deadline: Duration,
 }
 
 /// What a stage has told so far.
@@ -160,7 +162,7 @@ impl StageChannel {
             }
             Ok(())
         };
-        timeout(STAGE_DEADLINE, all)
+        timeout(self.deadline, all)
             .await
             .unwrap_or(Err(ServiceError::Deadline(what)))
     }
@@ -269,7 +271,14 @@ fn spawn_stage(
     }
     let fd = watch(nonblocking(channel.into_fd())?, Interest::READABLE)
         .map_err(failed("watch the stage"))?;
-    Ok(StageChannel { fd })
+    let hooks = match &request.task {
+        stage::protocol::Task::Create(create) => create.hooks_time(),
+        stage::protocol::Task::Join => Duration::ZERO,
+    };
+    Ok(StageChannel {
+        fd,
+        deadline: STAGE_DEADLINE + hooks,
+    })
 }
 
 fn nonblocking(fd: OwnedFd) -> Result<OwnedFd, ServiceError> {

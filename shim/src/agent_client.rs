@@ -205,23 +205,27 @@ impl AgentClient {
         call("Update", QUICK_DEADLINE, answer).await.map(drop)
     }
 
-    /// Sets a container up.
-    pub async fn create(&self, request: &CreateContainerRequest) -> Result<(), AgentError> {
+    /// Sets a container up. `hooks` is how long its hooks in the guest may take.
+    pub async fn create(
+        &self,
+        request: &CreateContainerRequest,
+        hooks: Duration,
+    ) -> Result<(), AgentError> {
         call(
             "CreateContainer",
-            SETUP_DEADLINE,
+            SETUP_DEADLINE + hooks,
             self.service.create_container(Context::default(), request),
         )
         .await
         .map(drop)
     }
 
-    /// Starts a container's own process.
-    pub async fn start(&self, container: &str) -> Result<(), AgentError> {
+    /// Starts a container's own process. `hooks` is how long the hooks before it may take.
+    pub async fn start(&self, container: &str, hooks: Duration) -> Result<(), AgentError> {
         let request = whole(container);
         call(
             "StartContainer",
-            SETUP_DEADLINE,
+            SETUP_DEADLINE + hooks,
             self.service.start_container(Context::default(), &request),
         )
         .await

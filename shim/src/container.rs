@@ -223,7 +223,9 @@ impl Container {
 
     async fn try_start(&self) -> Result<(), TaskError> {
         self.init.open_input()?;
-        match self.agent().await?.start(&self.id).await {
+        let hooks = self.spec.hooks_of(|hooks| &hooks.start_container);
+        let agent = self.agent().await?;
+        match agent.start(&self.id, hooks::time(hooks)).await {
             Ok(()) => Ok(()),
             Err(error) => Err(self.explained(error).await),
         }

@@ -186,6 +186,10 @@ async fn build(
     let shared_mounts = shares
         .add_mounts(&host.pod, confinement, &neighbourhood.prefix, &spec)
         .await?;
+    let early_hooks = spec.hooks_of(|hooks| &hooks.create_container);
+    let create_container_hooks = shares
+        .add_hooks(&host.pod, confinement, &neighbourhood.prefix, early_hooks)
+        .await?;
 
     // Noted first: an answer that comes too late may still mean that it was created.
     progress.resources.in_guest = true;
@@ -197,9 +201,12 @@ async fn build(
         stdio: MessageField::some(stdio),
         joined_namespaces: neighbourhood.joined_by(&spec),
         apparmor_policy,
+        bundle: request.bundle.clone(),
+        create_container_hooks,
         ..CreateContainerRequest::default()
     };
-    if let Err(error) = agent.create(&message).await {
+    let created = agent.create(&message, hooks::time(early_hooks)).await;
+    if let Err(error) = created {
         return Err(match host.pod.explain(error).await {
             Ok(error) => error.into(),
             Err(error) => error.into(),

@@ -1,5 +1,6 @@
-//! Programs that the specification has run on the host at points of a container's life.
+//! Programs that the specification has run at points of a container's life.
 //! <https://github.com/opencontainers/runtime-spec/blob/v1.2.1/config.md#posix-platform-hooks>
+//! Those in the container's namespaces are run by the agent, all others here, on the host.
 
 use std::{
     collections::HashMap,
@@ -10,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use bulkhead_agent_api::hook_time;
 use serde::Serialize;
 use thiserror::Error;
 use tokio::{
@@ -19,9 +21,6 @@ use tokio::{
 };
 
 use crate::{child::Reaper, spec::Hook, text};
-
-/// For hooks that name no timeout of their own: a hook that hangs must not hang containerd.
-const DEFAULT_DEADLINE: Duration = Duration::from_secs(120);
 
 /// The most of a hook's standard error that is told, in bytes.
 const MAX_MESSAGE: u64 = 1024;
@@ -77,10 +76,15 @@ pub struct State<'a> {
     pub annotations: &'a HashMap<String, String>,
 }
 
+/// How long hooks may take, one after the other.
+pub fn time(hooks: &[Hook]) -> Duration {
+    hooks.iter().map(|hook| hook_time(hook.timeout)).sum()
+}
+
 /// Runs hooks one after the other; the first failure ends it.
 pub async fn run(hooks: &[Hook], state: &State<'_>, reaper: &Reaper) -> Result<(), HookError> {
     for hook in hooks {
-        let deadline = hook.timeout.map_or(DEFAULT_DEADLINE, Duration::from_secs);
+        let deadline = hook_time(hook.timeout);
         match timeout(deadline, run_one(hook, state, reaper)).await {
             Ok(result) => result?,
             // The child was dropped with the future, and with that killed.

@@ -1,8 +1,8 @@
 //! What of the host a container can see: its root and the sources of its bind mounts.
 
 use std::{
-    os::fd::{AsFd, OwnedFd},
-    path::PathBuf,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
 };
 
 use bulkhead_agent_api::messages::SharedMount;
@@ -13,7 +13,7 @@ use thiserror::Error;
 use crate::{
     pod::{Confinement, Pod},
     rootfs::{Rootfs, RootfsError},
-    spec::{IdMapping, IdMappings, Mount, Spec},
+    spec::{Hook, IdMapping, IdMappings, Mount, Spec},
     text,
     tree::{self, TreeError},
     vmm_process::VmmError,
@@ -29,6 +29,15 @@ pub enum ShareError {
         path: PathBuf,
         /// Where in the container.
         destination: PathBuf,
+        /// What failed.
+        #[source]
+        source: TreeError,
+    },
+    /// A hook's program cannot be used.
+    #[error("Cannot have the hook {path} run in the container's namespaces")]
+    Hook {
+        /// The program on the host.
+        path: PathBuf,
         /// What failed.
         #[source]
         source: TreeError,
@@ -131,6 +140,34 @@ impl Shares {
         Ok(shared)
     }
 
+    /// Shares the programs of the hooks that run in the container's namespaces but come from the host.
+    pub async fn add_hooks(
+        &mut self,
+        pod: &Pod,
+        confinement: &Confinement,
+        prefix: &str,
+        hooks: &[Hook],
+    ) -> Result<Vec<SharedMount>, ShareError> {
+        let mut shared = Vec::new();
+        for (index, hook) in (0u32..).zip(hooks) {
+            let namespace = confinement.namespace.as_fd();
+            let tree = confined(&hook.path, false, namespace, MsFlags::MS_RDONLY);
+            let tree = tree.map_err(|source| ShareError::Hook {
+                path: hook.path.clone(),
+                source,
+            })?;
+            let name = format!("{prefix}-h{index}");
+            self.add(pod, &name, tree, (true, false), hook.path.clone())
+                .await?;
+            shared.push(SharedMount {
+                index,
+                share: name,
+                ..SharedMount::default()
+            });
+        }
+        Ok(shared)
+    }
+
     async fn add(
         &mut self,
         pod: &Pod,
@@ -178,15 +215,24 @@ fn bind(
     };
     let mut flags = MsFlags::empty();
     flags.set(MsFlags::MS_RDONLY, mount.is_read_only());
-    let tree = tree::clone(path, mount.is_recursive()).and_then(|tree| {
-        tree::confine(tree.as_fd(), path, Some(namespace), flags)?;
-        Ok(tree)
-    });
+    let tree = confined(path, mount.is_recursive(), namespace, flags);
     tree.map_err(|source| ShareError::Source {
         path: path.clone(),
         destination: mount.destination.clone(),
         source,
     })
+}
+
+/// What is at a path, under the ids of a namespace.
+fn confined(
+    path: &Path,
+    recursive: bool,
+    namespace: BorrowedFd<'_>,
+    flags: MsFlags,
+) -> Result<OwnedFd, TreeError> {
+    let tree = tree::clone(path, recursive)?;
+    tree::confine(tree.as_fd(), path, Some(namespace), flags)?;
+    Ok(tree)
 }
 
 /// The user namespace for a mount with mapped ids. By it the VMM sees, and the guest with it, what

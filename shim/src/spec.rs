@@ -261,6 +261,12 @@ pub struct Hooks {
     /// Run on the host before the container is set up.
     #[serde(default)]
     pub create_runtime: Vec<Hook>,
+    /// Run in the guest, in the container's namespaces, before its root is entered.
+    #[serde(default)]
+    pub create_container: Vec<Hook>,
+    /// Run in the guest, in the container, before its process.
+    #[serde(default)]
+    pub start_container: Vec<Hook>,
     /// Run on the host after the process has started.
     #[serde(default)]
     pub poststart: Vec<Hook>,
@@ -303,6 +309,11 @@ impl Spec {
 
     fn resources(&self) -> Option<&LinuxResources> {
         self.linux.as_ref()?.resources.as_ref()
+    }
+
+    /// Hooks of a kind.
+    pub fn hooks_of(&self, kind: fn(&Hooks) -> &Vec<Hook>) -> &[Hook] {
+        self.hooks.as_ref().map(kind).map_or(&[], Vec::as_slice)
     }
 
     /// Whether there are hooks that run before the container is set up.

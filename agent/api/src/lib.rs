@@ -14,6 +14,8 @@
 //!
 //! [`Agent`]: service::Agent
 
+use std::time::Duration;
+
 /// vsock context identifier of the host (`VMADDR_CID_HOST`, vsock(7)).
 pub const HOST_CID: u32 = 2;
 
@@ -28,6 +30,14 @@ pub const STREAM_PORT: u32 = 1025;
 
 /// Bytes in a stream's token.
 pub const TOKEN_LEN: usize = 16;
+
+/// How long a hook may take that names this timeout in seconds, or none: one that hangs must not
+/// hang containerd for ever.
+pub fn hook_time(timeout: Option<u64>) -> Duration {
+    const DEFAULT: u64 = 120;
+    const LONGEST: u64 = 24 * 60 * 60;
+    Duration::from_secs(timeout.unwrap_or(DEFAULT).min(LONGEST))
+}
 
 /// Tag of the virtio-fs device with one directory or file per share at its root.
 pub const SHARED_FS_TAG: &str = "bulkhead";

@@ -7,8 +7,8 @@ use std::{
 };
 
 use oci_spec::runtime::{
-    Linux, LinuxIdMapping, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompAction, Mount, Process,
-    Spec,
+    Hook, Linux, LinuxIdMapping, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompAction, Mount,
+    Process, Spec,
 };
 
 use super::{SpecError, Supplied, device_type};
@@ -37,6 +37,23 @@ const IPC_SYSCTLS: [&str; 9] = [
 /// Longest name of an AppArmor profile; the kernel takes no more than a page.
 const PROFILE_NAME_MAX: usize = 2048;
 
+fn check_hook(field: &str, hook: &Hook) -> Result<(), SpecError> {
+    let plain = |part: Component<'_>| matches!(part, Component::RootDir | Component::Normal(_));
+    if !hook.path().is_absolute() || !hook.path().components().all(plain) {
+        return Err(SpecError::invalid(
+            format!("{field}.path"),
+            format!("{} is no absolute path", hook.path().display()),
+        ));
+    }
+    if hook.timeout().is_some_and(|seconds| seconds <= 0) {
+        return Err(SpecError::invalid(
+            format!("{field}.timeout"),
+            "it must be greater than zero",
+        ));
+    }
+    Ok(())
+}
+
 /// Checks a container's whole spec.
 pub fn spec(spec: &Spec, supplied: &Supplied) -> Result<(), SpecError> {
     refuse("solaris", spec.solaris().is_some(), "not Linux")?;
@@ -44,14 +61,15 @@ pub fn spec(spec: &Spec, supplied: &Supplied) -> Result<(), SpecError> {
     refuse("zos", spec.zos().is_some(), "not Linux")?;
     refuse("vm", spec.vm().is_some(), "the VM is Bulkhead's own")?;
     if let Some(hooks) = spec.hooks() {
-        let reason = "only hooks that run on the host are";
-        let set = |hooks: &Option<Vec<_>>| hooks.as_ref().is_some_and(|hooks| !hooks.is_empty());
-        refuse(
-            "hooks.createContainer",
-            set(hooks.create_container()),
-            reason,
-        )?;
-        refuse("hooks.startContainer", set(hooks.start_container()), reason)?;
+        let here = [
+            ("hooks.createContainer", hooks.create_container()),
+            ("hooks.startContainer", hooks.start_container()),
+        ];
+        for (field, hooks) in here {
+            for hook in hooks.iter().flatten() {
+                check_hook(field, hook)?;
+            }
+        }
     }
     let has = |maps: &Option<Vec<_>>| maps.as_ref().is_some_and(|maps| !maps.is_empty());
     let misplaced = has(spec.uid_mappings()) || has(spec.gid_mappings());

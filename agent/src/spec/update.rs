@@ -107,7 +107,7 @@ mod tests {
             json!({"memory": {"swap": 50}}),
             json!({"memory": {"kernel": 50}}),
             json!({"unknown": 1}),
-            json!([]),
+            json!(7),
         ] {
             let present = json!({"memory": {"limit": 100}});
             assert!(merged(present, changes.clone()).is_err(), "{changes}");

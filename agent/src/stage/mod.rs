@@ -10,6 +10,7 @@ mod copy_up;
 mod credentials;
 mod devices;
 mod exec;
+mod hooks;
 mod mount_options;
 pub mod mounts;
 pub mod namespaces;
@@ -68,6 +69,14 @@ pub enum StageError {
     /// The spec asks for something that the kernel or the image cannot give.
     #[error("{0}")]
     Invalid(String),
+    /// A hook failed.
+    #[error("the hook {hook} {reason}")]
+    Hook {
+        /// Its kind and path.
+        hook: String,
+        /// How it ended, and what it said.
+        reason: String,
+    },
     /// The seccomp filter cannot be built.
     #[error("failed to build the seccomp filter: {what}")]
     Seccomp {
@@ -91,7 +100,7 @@ impl StageError {
 
     fn kind(&self) -> FailureKind {
         match self {
-            Self::System { .. } => FailureKind::Internal,
+            Self::System { .. } | Self::Hook { .. } => FailureKind::Internal,
             Self::Exec(_) | Self::Invalid(_) | Self::Seccomp { .. } => FailureKind::Invalid,
         }
     }
@@ -185,7 +194,7 @@ fn run(
                 namespaces::unshare_time(&create.spec)?;
             }
             begin(&request)?;
-            new_container(create, sources)?;
+            new_container(&request.container, create, sources)?;
         }
         (Task::Join, Place::Of(cgroup)) => {
             if let Some(cgroup) = cgroup {
@@ -223,7 +232,7 @@ fn begin(request: &Request) -> Result<(), StageError> {
 }
 
 /// Everything that a container has besides its process.
-fn new_container(create: &CreateTask, sources: Sources) -> Result<(), StageError> {
+fn new_container(id: &str, create: &CreateTask, sources: Sources) -> Result<(), StageError> {
     let joined = create.joined.iter().fold(0, |all, flags| all | flags);
     namespaces::unshare(&create.spec, joined)?;
     if joined & namespaces::flag(LinuxNamespaceType::Network) == 0 {
@@ -231,7 +240,7 @@ fn new_container(create: &CreateTask, sources: Sources) -> Result<(), StageError
     }
     settings::names(&create.spec)?;
     settings::sysctls(&create.spec)?;
-    rootfs::enter(create, sources)
+    rootfs::enter(id, create, sources)
 }
 
 /// Limits, identity, privileges, command: the last steps, in the order that each needs the
@@ -262,7 +271,11 @@ fn become_process(
     credentials::Capabilities::raise_permitted()?;
     settings::no_new_privileges(process)?;
     settings::default_signals()?;
-    if matches!(request.task, Task::Create(_)) {
+    let create = match &request.task {
+        Task::Create(create) => Some(create),
+        Task::Join => None,
+    };
+    if create.is_some() {
         channel
             .reply(&Reply::Ready, None)
             .map_err(StageError::system("report the container"))?;
@@ -272,11 +285,15 @@ fn become_process(
         }
     }
     settings::close_on_exec()?;
-    // Last: from here on only system calls that the filter itself must allow for an execve.
-    if let Some(filter) = filter {
-        filter.install()?;
+    let confine = || {
+        // From here on only system calls that the filter itself must allow for an execve.
+        filter.as_ref().map_or(Ok(()), seccomp::Filter::install)?;
+        capabilities.apply()
+    };
+    if let Some(create) = create {
+        hooks::start_container(&request.container, create, confine)?;
     }
-    capabilities.apply()?;
+    confine()?;
     Err(program.execute().into())
 }
 

@@ -216,6 +216,14 @@ pub fn device_directory() -> io::Result<OwnedFd> {
     Ok(directory)
 }
 
+/// An empty directory for things that nobody keeps.
+pub fn scratch_directory() -> io::Result<OwnedFd> {
+    let options = MountOptions::parse(&["nosuid".into(), "nodev".into(), "mode=755".into()]);
+    let directory = new_file_system("tmpfs", Some(Path::new("tmpfs")), &options)?;
+    options.attributes.apply(directory.as_fd(), false)?;
+    Ok(directory)
+}
+
 /// An empty read-only directory, for masking one.
 pub fn empty_directory() -> io::Result<OwnedFd> {
     let options = MountOptions {

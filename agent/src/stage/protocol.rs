@@ -9,12 +9,13 @@ use std::{
     io::{self, IoSlice, IoSliceMut, Read, Seek, Write},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::PathBuf,
+    time::Duration,
 };
 
 use nix::sys::socket::{
     ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg, socketpair,
 };
-use oci_spec::runtime::{LinuxIdMapping, LinuxPersonality, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{Hook, LinuxIdMapping, LinuxPersonality, LinuxSeccomp, Process, Spec};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde::{Deserialize, Serialize};
 
@@ -61,8 +62,27 @@ pub struct CreateTask {
     pub rootfs: PathBuf,
     /// Where the guest sees the sources of its bind mounts, by index in the spec.
     pub binds: HashMap<usize, PathBuf>,
+    /// Its bundle on the host, which hooks are told.
+    pub bundle: PathBuf,
+    /// Where the guest sees the programs of `createContainer`'s hooks, by index in the spec.
+    pub hook_programs: HashMap<usize, PathBuf>,
     /// What the descriptors in [`RequestFds::joined`] are of: flags of setns(2).
     pub joined: Vec<NamespaceFlags>,
+}
+
+impl CreateTask {
+    /// How long the hooks that run here may take.
+    pub fn hooks_time(&self) -> Duration {
+        let hooks = self.spec.hooks().iter();
+        let hooks = hooks.flat_map(|hooks| [hooks.create_container(), hooks.start_container()]);
+        hooks.flatten().flatten().map(hook_time).sum()
+    }
+}
+
+/// How long a hook may take.
+pub fn hook_time(hook: &Hook) -> Duration {
+    let own = hook.timeout().map(u64::try_from);
+    bulkhead_agent_api::hook_time(own.and_then(Result::ok))
 }
 
 /// `CLONE_NEW*` flags, as bits.

@@ -15,7 +15,7 @@ use rustix::{
 };
 
 use super::{
-    StageError, devices,
+    StageError, devices, hooks,
     mounts::{self, Attributes},
     open_guest,
     protocol::{CreateTask, IdMappings},
@@ -84,7 +84,7 @@ fn bound_tree(
 }
 
 /// Builds the root file system and makes it this process's root. The mount namespace is new.
-pub fn enter(create: &CreateTask, mut sources: Sources) -> Result<(), StageError> {
+pub fn enter(id: &str, create: &CreateTask, mut sources: Sources) -> Result<(), StageError> {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", private).map_err(StageError::system("make all mounts private"))?;
     attach(&sources.root, STAGING)?;
@@ -110,6 +110,7 @@ pub fn enter(create: &CreateTask, mut sources: Sources) -> Result<(), StageError
                 process.cwd().display()
             )))?;
     }
+    hooks::create_container(id, create, &root)?;
     pivot(&root)
 }
 

@@ -1,8 +1,10 @@
 //! The agent's whole service, driven over Unix sockets without a VM. Needs root, cgroup v2 and a
 //! static busybox.
 
+mod hooks;
 mod host;
 mod identity;
+mod limits;
 mod namespaces;
 
 use bulkhead_agent_api::messages::{

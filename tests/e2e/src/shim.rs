@@ -9,8 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::Client;
 use containerd_shim_protos::api::{
-    CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, StartRequest, WaitRequest,
-    WaitResponse,
+    CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, StartRequest,
+    UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
@@ -23,6 +23,9 @@ use crate::ctr::Container;
 
 /// How containerd names the type of a process that is executed in addition.
 const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+
+/// And of limits.
+const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
 /// For what a process has written to arrive once it is deleted.
 const SETTLE: Duration = Duration::from_secs(60);
@@ -60,6 +63,20 @@ impl Shim {
         };
         self.call("Create", &request)?;
         Ok(self.process(id, "", streams))
+    }
+
+    /// Changes limits of a container, by an OCI `linux.resources` object.
+    pub fn update(&self, id: &str, resources: &Value) -> Result<()> {
+        let request = UpdateTaskRequest {
+            id: id.to_owned(),
+            resources: MessageField::some(Any {
+                type_url: RESOURCES.into(),
+                value: serde_json::to_vec(resources)?,
+                ..Any::default()
+            }),
+            ..UpdateTaskRequest::default()
+        };
+        self.call("Update", &request).map(drop)
     }
 
     fn process(&self, id: &str, exec_id: &str, streams: Streams) -> Process<'_> {

@@ -55,10 +55,6 @@ pub fn cases() -> Vec<Case> {
             "a stopped container keeps its files for its next start",
             started_again,
         ),
-        case(
-            "events come in the order and with the contents that runc gives them",
-            events,
-        ),
     ]
 }
 
@@ -299,82 +295,4 @@ fn started_again(setting: &Setting) -> Result<()> {
         ensure!(done.out() == expected, "{expected:?} expected: {done}");
     }
     Ok(())
-}
-
-fn events(setting: &Setting) -> Result<()> {
-    let expected = events_of(RUNC)?;
-    let found = events_of(&setting.runtime)?;
-    ensure!(
-        found == expected,
-        "runc:\n{}\ntested:\n{}",
-        expected.join("\n"),
-        found.join("\n")
-    );
-    Ok(())
-}
-
-/// The task events of one life: topic and contents, without what differs from run to run.
-fn events_of(runtime: &str) -> Result<Vec<String>> {
-    let listener = listen()?;
-    let container = Run::new(runtime).detach(&["sleep", "1000"])?;
-    let id = container.id().to_owned();
-    let mut exec = std::process::Command::new("ctr");
-    exec.args([
-        "task",
-        "exec",
-        "--exec-id",
-        "an-exec",
-        &id,
-        "sh",
-        "-c",
-        "exit 3",
-    ]);
-    Running::spawn(exec, Input::Null)?.finish()?.exits_with(3)?;
-    let client = container.attach()?;
-    container.kill("KILL")?;
-    client.finish()?.exits_with(137)?;
-    // The attached client has deleted the task.
-    ctr(&["container", "delete", &id])?.succeeds()?;
-    // The last event of its life, after all of the task's.
-    let last = format!("/containers/delete {{\"id\":\"{id}\"}}");
-    listener.expect(&last)?;
-    let text = listener.stdout.text();
-    let mut events = Vec::new();
-    for line in text
-        .lines()
-        .filter(|line| line.contains(" /tasks/") && line.contains(&id))
-    {
-        let (topic, contents) = line
-            .split_once(" /tasks/")
-            .and_then(|(_, rest)| rest.split_once(' '))
-            .with_context(|| format!("an event without contents: {line}"))?;
-        let Value::Object(mut fields) = serde_json::from_str(contents)? else {
-            bail!("the contents of an event are no object: {line}");
-        };
-        for varying in ["pid", "exited_at", "bundle", "rootfs", "io"] {
-            if let Some(value) = fields.get_mut(varying) {
-                *value = Value::String("(varies)".into());
-            }
-        }
-        let contents = Value::Object(fields).to_string().replace(&id, "ID");
-        events.push(format!("{topic} {contents}"));
-    }
-    Ok(events)
-}
-
-/// Starts `ctr events` and waits until it hears. It does not say when it does, so something is made
-/// to happen until it is heard.
-fn listen() -> Result<Running> {
-    let listener = spawn(&["events"])?;
-    for attempt in 0..30 {
-        ctr(&["namespace", "label", "default", &format!("e2e={attempt}")])?.succeeds()?;
-        if listener
-            .stdout
-            .expect("/namespaces/update", Duration::from_secs(1))
-            .is_ok()
-        {
-            return Ok(listener);
-        }
-    }
-    bail!("`ctr events` hears nothing")
 }

@@ -1,5 +1,6 @@
 //! The tests, by theme.
 
+mod adjust;
 mod apparmor;
 mod apps;
 mod basic;
@@ -7,6 +8,7 @@ mod check;
 mod configurations;
 mod crash;
 mod escapes;
+mod events;
 mod failures;
 mod io;
 mod jail;
@@ -96,6 +98,8 @@ pub fn all() -> Vec<Case> {
         check::cases(),
         io::cases(),
         lifecycle::cases(),
+        events::cases(),
+        adjust::cases(),
         parity::cases(),
         namespaces::cases(),
         escapes::cases(),

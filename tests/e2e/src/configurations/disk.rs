@@ -153,6 +153,8 @@ impl Programs {
             symlink("busybox", root.join("bin").join(command))?;
         }
         fs::create_dir_all(volume.join("below"))?;
+        // For hooks, which take a program of the host.
+        fs::hard_link(self.directory.join("busybox"), volume.join("sh"))?;
         file(&volume.join("file"), 0o644, "in a volume\n")?;
         file(&volume.join("below/file"), 0o600, "deep in a volume\n")?;
         lchown(volume.join("below/file"), Some(1000), Some(1000))?;

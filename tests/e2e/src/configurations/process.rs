@@ -85,6 +85,26 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
             json!({ "ioPriority": { "class": "IOPRIO_CLASS_BE", "priority": 6 } }),
         )
         .exec(&json!({})),
+        new(
+            "hook-start-container",
+            json!({
+                "hooks": { "startContainer": [
+                    hook("/bin/sh", "id > /tmp/1; grep -E 'Cap|NoNew|Seccomp:' /proc/self/status >> /tmp/1"),
+                    hook("/bin/sh", "pwd > /tmp/2; cat >> /tmp/2; echo $A >> /tmp/2"),
+                ] },
+                "process": { "args": ["/bin/sh", "-c", "cat /tmp/1 /tmp/2"], "cwd": "/tree" },
+                "annotations": { "an.annotation": "its value" },
+            }),
+        ),
+        new(
+            "hook-create-container",
+            json!({
+                "hooks": { "createContainer": [
+                    hook("@volume@/sh", "read -r state; echo \"$state\" > 1; echo $A; pwd > 2"),
+                ] },
+                "process": { "args": ["/bin/sh", "-c", "cat /1 /2"] },
+            }),
+        ),
         process("oom-score", json!({ "oomScoreAdj": 500 })).exec(&json!({})),
         process("oom-score-lowest", json!({ "oomScoreAdj": -1000 })),
         process("all-limits", json!({ "rlimits": LIMITS.map(limit) })).exec(&json!({})),
@@ -110,6 +130,11 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
         ),
     ]);
     Ok(all)
+}
+
+/// A hook that runs this script in a shell.
+fn hook(path: &str, script: &str) -> Value {
+    json!({ "path": path, "args": ["sh", "-c", script], "env": ["A=b", "PATH=/bin"], "timeout": 30 })
 }
 
 fn limit((kind, soft, hard): (&str, u64, u64)) -> Value {

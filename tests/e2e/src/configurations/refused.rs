@@ -48,6 +48,13 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
             json!({ "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 20, "hard": 10 }] }),
             &["rlimit", "nofile", "invalid argument"],
         ),
+        new(
+            "refused-by-hook",
+            json!({ "hooks": { "startContainer": [
+                { "path": "/bin/sh", "args": ["sh", "-c", "exit 3"] },
+            ] } }),
+            &["hook"],
+        ),
         mount(
             "refused-source-missing",
             json!({ "destination": "/mnt", "type": "bind", "source": "/no/such/source",

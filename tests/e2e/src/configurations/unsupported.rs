@@ -83,11 +83,6 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
             json!({ "memory": { "swappiness": 5 } }),
             "memory.swappiness",
         ),
-        new(
-            "hook-in-the-container",
-            json!({ "hooks": { "startContainer": [{ "path": "/bin/true" }] } }),
-            "hooks.startContainer",
-        ),
     ];
     let usual = ["pid", "network", "ipc", "uts", "mount"];
     for left_out in usual {
