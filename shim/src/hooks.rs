@@ -73,6 +73,7 @@ pub struct State<'a> {
     /// The bundle's directory.
     pub bundle: &'a Path,
     /// The specification's annotations.
+    #[serde(skip_serializing_if = "HashMap::is_empty")]
     pub annotations: &'a HashMap<String, String>,
 }
 

@@ -31,7 +31,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{PidfdFlags, pidfd_open},
 };
-use serde_json::json;
+use serde::Serialize;
 
 use super::{
     StageError, mounts, open_guest,
@@ -86,18 +86,30 @@ fn of(spec: &Spec, kind: fn(&Hooks) -> &Option<Vec<Hook>>) -> &[Hook] {
     hooks.unwrap_or_default()
 }
 
-/// <https://github.com/opencontainers/runtime-spec/blob/v1.2.1/runtime.md#state>
+/// <https://github.com/opencontainers/runtime-spec/blob/v1.2.1/runtime.md#state>, in runc's order.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct State<'a> {
+    oci_version: &'a str,
+    id: &'a str,
+    status: &'a str,
+    /// In the container's namespace, as from runc.
+    pid: u32,
+    bundle: &'a Path,
+    #[serde(skip_serializing_if = "HashMap::is_empty")]
+    annotations: &'a HashMap<String, String>,
+}
+
 fn state(id: &str, status: &str, create: &CreateTask) -> Result<Vec<u8>, StageError> {
     let none = HashMap::new();
-    let state = json!({
-        "ociVersion": create.spec.version(),
-        "id": id,
-        "status": status,
-        // In the container's namespace, as from runc.
-        "pid": std::process::id(),
-        "bundle": create.bundle,
-        "annotations": create.spec.annotations().as_ref().unwrap_or(&none),
-    });
+    let state = State {
+        oci_version: create.spec.version(),
+        id,
+        status,
+        pid: std::process::id(),
+        bundle: &create.bundle,
+        annotations: create.spec.annotations().as_ref().unwrap_or(&none),
+    };
     serde_json::to_vec(&state)
         .map_err(|error| StageError::system("write the container's state")(io::Error::from(error)))
 }

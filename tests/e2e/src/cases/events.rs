@@ -72,12 +72,12 @@ fn of_lack_of_memory(setting: &Setting) -> Result<()> {
 }
 
 /// A `ctr events`.
-struct Listener(Running);
+pub struct Listener(Running);
 
 impl Listener {
     /// Waits until it hears. It does not say when it does, so something is made to happen until it is
     /// heard.
-    fn start() -> Result<Self> {
+    pub fn start() -> Result<Self> {
         let listener = spawn(&["events"])?;
         for attempt in 0..30 {
             ctr(&["namespace", "label", "default", &format!("e2e={attempt}")])?.succeeds()?;
@@ -91,12 +91,17 @@ impl Listener {
         bail!("`ctr events` hears nothing")
     }
 
+    /// Waits for this text in an event.
+    pub fn expect(&self, text: &str) -> Result<()> {
+        self.0.expect(text)
+    }
+
     /// The task events of a container that is gone: topic and contents, without what differs from
     /// run to run.
     fn life_of(&self, id: &str) -> Result<Vec<String>> {
         // The last event of its life, after all of the task's.
         let last = format!("/containers/delete {{\"id\":\"{id}\"}}");
-        self.0.expect(&last)?;
+        self.expect(&last)?;
         let text = self.0.stdout.text();
         let mut events = Vec::new();
         for line in text

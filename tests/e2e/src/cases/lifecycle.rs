@@ -1,15 +1,14 @@
 //! What a user does with a container over its life.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use anyhow::{Context, Result, ensure};
 
+use super::events::Listener;
 use super::io::asking_for;
 use super::{Case, Setting, case};
 use crate::command::{Input, Running};
-use crate::ctr::{BUSYBOX, Container, RUNC, Run, ctr, spawn};
+use crate::ctr::{BUSYBOX, Container, ctr, spawn};
 use crate::terminal::Terminal;
 
 /// Ends with 5 on TERM, once [`ready`] has returned.
@@ -59,7 +58,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn detached(setting: &Setting) -> Result<()> {
-    let events = listen()?;
+    let events = Listener::start()?;
     let container = setting.container().detach(&["sh", "-c", TRAP])?;
     ready(&container)?;
     let task = container.task()?.context("the container has no task")?;

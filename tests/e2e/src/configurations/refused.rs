@@ -50,8 +50,8 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
         ),
         new(
             "refused-by-hook",
-            json!({ "hooks": { "startContainer": [
-                { "path": "/bin/sh", "args": ["sh", "-c", "exit 3"] },
+            json!({ "hooks": { "createContainer": [
+                { "path": "@volume@/sh", "args": ["sh", "-c", "exit 3"] },
             ] } }),
             &["hook"],
         ),
