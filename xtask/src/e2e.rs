@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use crate::build::Built;
 use crate::install;
-use crate::lab::{load_debian_dev, save_logs};
+use crate::lab::{Containerd, load_debian_dev, save_logs};
 
 /// Where the end-to-end tests' program is in the lab.
 const E2E: &str = "/usr/local/bin/bulkhead-e2e";
@@ -62,6 +62,9 @@ pub struct Selection {
     /// Also those that only do more often what others do.
     #[arg(long)]
     pub soak: bool,
+    /// With this containerd.
+    #[arg(long, value_enum, default_value_t)]
+    pub containerd: Containerd,
 }
 
 impl Selection {
@@ -101,7 +104,7 @@ pub fn run(programs: &Programs, selection: &Selection) -> Result<i32> {
     let broken: Vec<_> = thread::scope(|scope| {
         let progress = &progress;
         let workers: Vec<_> = (0..labs)
-            .map(|number| scope.spawn(move || use_lab(programs, number, cpus, progress)))
+            .map(|number| scope.spawn(move || use_lab(programs, selection, number, cpus, progress)))
             .collect();
         let ends = workers.into_iter().map(|worker| match worker.join() {
             Ok(end) => end.err(),
@@ -157,6 +160,7 @@ fn size_of_labs() -> Result<(usize, u32)> {
 /// and runs the tests that need it before all others.
 fn use_lab(
     programs: &Programs,
+    selection: &Selection,
     number: usize,
     cpus: u32,
     progress: &Mutex<Progress>,
@@ -165,6 +169,7 @@ fn use_lab(
     let lab = Lab::start(&LabOptions {
         name,
         cpus,
+        containerd: selection.containerd.version(),
         ..LabOptions::default()
     })?;
     let step = Step::announce("Installing Bulkhead and its tests in the lab");

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bulkhead_lab::{Cache, Client, Input, Lab, LabOptions, LabState, Step, target_dir};
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
 use crate::terminal::Terminal;
 
@@ -73,6 +73,39 @@ pub struct Name {
     name: String,
 }
 
+/// A containerd of the lab's.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum Containerd {
+    /// containerd 1.7 with runc 1.1.
+    #[default]
+    #[value(name = "1.7")]
+    V1,
+    /// containerd 2.1 with runc 1.3.
+    #[value(name = "2.1")]
+    V2,
+    /// None.
+    None,
+}
+
+impl Containerd {
+    /// As the lab knows it.
+    pub fn version(self) -> Option<bulkhead_lab::Containerd> {
+        match self {
+            Self::V1 => Some(bulkhead_lab::Containerd::V1),
+            Self::V2 => Some(bulkhead_lab::Containerd::V2),
+            Self::None => None,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::V1 => "1.7",
+            Self::V2 => "2.1",
+            Self::None => "none",
+        }
+    }
+}
+
 #[derive(Args)]
 pub struct Up {
     #[command(flatten)]
@@ -80,9 +113,9 @@ pub struct Up {
     /// Count instructions instead of time: slower, but the same on every machine.
     #[arg(long)]
     metered: bool,
-    /// Do not start containerd.
-    #[arg(long)]
-    no_containerd: bool,
+    /// Which containerd to start.
+    #[arg(long, value_enum, default_value_t)]
+    containerd: Containerd,
     /// The lab's memory in MiB.
     #[arg(long, default_value_t = 6144)]
     memory: u32,
@@ -217,7 +250,7 @@ fn up_in_background(up: &Up) -> Result<()> {
         .args(["lab", "serve", "--name", &up.name.name])
         .args(["--memory", &up.memory.to_string()])
         .args(up.metered.then_some("--metered"))
-        .args(up.no_containerd.then_some("--no-containerd"))
+        .args(["--containerd", up.containerd.name()])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -265,7 +298,7 @@ impl Up {
         LabOptions {
             name: self.name.name.clone(),
             metered: self.metered,
-            containerd: !self.no_containerd,
+            containerd: self.containerd.version(),
             memory_mib: self.memory,
             ..LabOptions::default()
         }

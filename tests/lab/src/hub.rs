@@ -12,7 +12,7 @@ use crate::error::{Context, Error};
 use crate::lab::{LabOptions, LabState};
 use crate::machine::Machine;
 use crate::mux::{self, Mode, Open, Session};
-use crate::protocol::{Frame, Request};
+use crate::protocol::{Containerd, Frame, Request};
 
 /// How long a lab may take from QEMU's start to ready; about 15 s is usual on 2 cores.
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
@@ -74,7 +74,7 @@ enum BootError {
     Refused(String),
 }
 
-async fn boot(open: &mpsc::Sender<Open>, containerd: bool) -> Result<(), BootError> {
+async fn boot(open: &mpsc::Sender<Open>, containerd: Option<Containerd>) -> Result<(), BootError> {
     let exchange = async {
         let mut session = session(open).await?;
         let request = Frame::Request(Request::Boot { containerd });

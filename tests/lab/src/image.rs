@@ -16,8 +16,15 @@ use crate::tools;
 /// What is installed in the lab.
 const PACKAGES: &str = include_str!("../packages.txt");
 
+/// What is taken of a newer Debian beside it, with the programs that tests use.
+const SECOND_PACKAGES: [&str; 2] = ["containerd", "runc"];
+const SECOND_PROGRAMS: [&str; 4] = ["containerd", "containerd-shim-runc-v2", "ctr", "runc"];
+
+/// Where the lab has these, as its agent knows.
+const SECOND: &str = "opt/containerd-2";
+
 /// Raised when the way the image is built changes.
-const RECIPE: &[u8] = b"3";
+const RECIPE: &[u8] = b"4";
 
 /// The size of the lab's disk; the file is sparse.
 const DISK_SIZE: &str = "16G";
@@ -37,6 +44,8 @@ pub(crate) fn root_image(cache: &Cache) -> Result<PathBuf, Error> {
         let root = partial.join("root");
         let packages: Vec<&str> = PACKAGES.split_whitespace().collect();
         debian(&root, &packages, "Installing the lab's Debian system")?;
+
+        second_containerd(&partial.join("second"), &root.join(SECOND))?;
 
         let step = Step::start("Making the lab's disk image");
         let kernel = kernel_release(&root)?;
@@ -99,6 +108,35 @@ pub fn debian_dev_archive(cache: &Cache) -> Result<PathBuf, Error> {
         Ok(())
     })?;
     Ok(entry.join("debian-dev.tar"))
+}
+
+/// Takes the programs of Debian unstable's containerd, by way of a directory that is removed again.
+fn second_containerd(unpacked: &Path, programs: &Path) -> Result<(), Error> {
+    let step = Step::start("Adding a second containerd");
+    let mut command = Command::new("mmdebstrap");
+    command
+        .args(["--variant=extract", "--format=directory"])
+        // A mirror may be behind.
+        .arg("--aptopt=Acquire::Check-Valid-Until \"false\"")
+        .arg(format!("--include={}", SECOND_PACKAGES.join(",")))
+        .arg("sid")
+        .arg(unpacked);
+    run_logged(&mut command, INSTALL_LIMIT)?;
+    fs::create_dir_all(programs).context(|| format!("create {}", programs.display()))?;
+    for program in SECOND_PROGRAMS {
+        let directory = if program == "runc" {
+            "usr/sbin"
+        } else {
+            "usr/bin"
+        };
+        copy(
+            &unpacked.join(directory).join(program),
+            &programs.join(program),
+        )?;
+    }
+    remove(unpacked)?;
+    step.done();
+    Ok(())
 }
 
 /// Installs a minimal Debian 13 with some packages into a directory.

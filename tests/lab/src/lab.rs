@@ -19,6 +19,7 @@ use crate::client::Client;
 use crate::command::{file_tail, poll_until};
 use crate::error::{Context, Error};
 use crate::machine::Machine;
+use crate::protocol::Containerd;
 use crate::{hub, image, tools};
 
 /// How a lab is to be started.
@@ -28,8 +29,8 @@ pub struct LabOptions {
     pub name: String,
     /// Count instructions instead of time: one CPU whose clock advances 1 ns each instruction.
     pub metered: bool,
-    /// Start containerd and import the images that are to be there.
-    pub containerd: bool,
+    /// Start this containerd and import the images that are to be there.
+    pub containerd: Option<Containerd>,
     /// The lab's memory in MiB.
     pub memory_mib: u32,
     /// CPUs that programs run on; a metered lab has one.
@@ -41,7 +42,7 @@ impl Default for LabOptions {
         LabOptions {
             name: "default".into(),
             metered: false,
-            containerd: true,
+            containerd: Some(Containerd::V1),
             memory_mib: 6144,
             cpus: 2,
         }

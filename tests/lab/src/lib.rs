@@ -34,6 +34,7 @@ pub use command::{run_logged, run_shown};
 pub use error::Error;
 pub use image::{busybox_archive, debian_dev_archive};
 pub use lab::{Lab, LabOptions, LabState, prepare_images, serve};
+pub use protocol::Containerd;
 pub use step::Step;
 pub use tools::{
     BUILD_LIMIT, cargo, install_host_packages, static_build, static_dir, target_dir, workspace,

@@ -22,11 +22,21 @@ const MAX_PAYLOAD: usize = 4 * 1024 * 1024;
 pub enum Request {
     /// Wait until the lab is ready, after starting containerd if asked to.
     Boot {
-        /// Whether to start containerd and import the images in `/var/lib/bulkhead-images/boot`.
-        containerd: bool,
+        /// Which containerd to start, and to import the images in `/var/lib/bulkhead-images/boot`
+        /// into.
+        containerd: Option<Containerd>,
     },
     /// Run a command.
     Exec(ExecRequest),
+}
+
+/// A containerd of the lab's, with its `ctr` and the runc of its time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Containerd {
+    /// 1.7, with runc 1.1: Debian 13's.
+    V1,
+    /// 2.1, with runc 1.3: Debian unstable's.
+    V2,
 }
 
 /// A command to run in the lab.
@@ -161,7 +171,9 @@ mod tests {
     #[test]
     fn every_frame_survives_the_stream() {
         let frames = [
-            Frame::Request(Request::Boot { containerd: true }),
+            Frame::Request(Request::Boot {
+                containerd: Some(Containerd::V2),
+            }),
             Frame::Request(Request::Exec(ExecRequest {
                 argv: vec!["sh".into(), "-c".into(), "exit 3".into()],
                 env: vec![("A".into(), "b".into())],

@@ -57,9 +57,10 @@ fn paused(setting: &Setting) -> Result<()> {
     let refused = task("resume", &container)?;
     ensure!(refused.code() == 1, "resumed twice: {refused}");
 
+    let client = container.attach()?;
     task("pause", &container)?.succeeds()?;
     container.kill("KILL")?;
-    task("delete", &container)?.exits_with(137)?;
+    client.finish()?.exits_with(137)?;
     Ok(())
 }
 
@@ -71,17 +72,18 @@ fn limits(runtime: &str) -> Result<Vec<String>> {
         .detach(&["sleep", "1000"])?;
     let shim = Shim::of(&container)?;
     let changes = [
-        json!({}),
         json!({ "pids": { "limit": 50 }, "cpu": { "shares": 512, "quota": 50_000, "period": 200_000 } }),
-        json!({ "cpu": { "quota": 60_000 } }),
-        json!({ "cpu": { "quota": -1 }, "pids": { "limit": -1 } }),
-        json!({ "memory": { "limit": 100_000_000, "swap": 150_000_000 } }),
-        json!({ "memory": { "reservation": 50_000_000, "limit": 120_000_000 } }),
-        json!({ "cpu": { "cpus": "0" }, "blockIO": { "weight": 100 } }),
+        json!({ "memory": { "limit": 100_000_000, "swap": 150_000_000 }, "cpu": { "quota": 60_000 } }),
+        json!({
+            "cpu": { "quota": -1, "cpus": "0" },
+            "pids": { "limit": -1 },
+            "memory": { "reservation": 50_000_000, "limit": 120_000_000 },
+            "blockIO": { "weight": 100 },
+            "unified": { "memory.high": "90000000" },
+            "devices": [{ "allow": false, "access": "rwm" }],
+        }),
         json!({ "memory": { "limit": 100_000_000, "swap": 50_000_000 } }),
         json!({ "cpu": { "cpus": "7000" } }),
-        json!({ "unified": { "memory.high": "90000000" } }),
-        json!({ "devices": [{ "allow": false, "access": "rwm" }] }),
     ];
     let look = "cd /sys/fs/cgroup
         for file in memory.max memory.low memory.high memory.swap.max pids.max cpu.max cpu.weight \

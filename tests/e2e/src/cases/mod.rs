@@ -15,6 +15,7 @@ mod jail;
 mod lifecycle;
 mod namespaces;
 mod neighbours;
+mod outputs;
 mod parity;
 
 use anyhow::Result;
@@ -97,6 +98,7 @@ pub fn all() -> Vec<Case> {
         basic::cases(),
         check::cases(),
         io::cases(),
+        outputs::cases(),
         lifecycle::cases(),
         events::cases(),
         adjust::cases(),

@@ -1,17 +1,27 @@
 //! The last part of booting, at the build machine's request.
 
 use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::process::Command;
 
+use bulkhead_lab::Containerd;
+
 use crate::{Context, Result, containerd};
+
+/// Where the programs of the second containerd are, and where they are found before those of the first.
+const SECOND: &str = "/opt/containerd-2";
+const FOUND_FIRST: &str = "/usr/local/sbin";
 
 /// Image archives that every lab has in its containerd.
 const IMAGES: &str = "/var/lib/bulkhead-images/boot";
 
-/// Starts containerd and imports the images, if asked to.
-pub fn run(with_containerd: bool) -> Result<()> {
-    if !with_containerd {
-        return Ok(());
+/// Starts a containerd and imports the images, if asked to.
+pub fn run(containerd: Option<Containerd>) -> Result<()> {
+    match containerd {
+        None => return Ok(()),
+        Some(Containerd::V1) => {}
+        Some(Containerd::V2) => prefer_second()?,
     }
     containerd::start()?;
     for entry in fs::read_dir(IMAGES).context(|| format!("list {IMAGES}"))? {
@@ -25,6 +35,16 @@ pub fn run(with_containerd: bool) -> Result<()> {
             let said = String::from_utf8_lossy(&output.stderr);
             return Err(format!("import {}: {said}", archive.display()).into());
         }
+    }
+    Ok(())
+}
+
+fn prefer_second() -> Result<()> {
+    for entry in fs::read_dir(SECOND).context(|| format!("list {SECOND}"))? {
+        let program = entry.context(|| format!("list {SECOND}"))?.path();
+        let name = program.file_name().unwrap_or_default();
+        let link = Path::new(FOUND_FIRST).join(name);
+        symlink(&program, &link).context(|| format!("make {}", link.display()))?;
     }
     Ok(())
 }
