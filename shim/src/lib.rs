@@ -33,6 +33,7 @@ pub mod ids;
 pub mod info;
 pub mod logging;
 pub mod mounts;
+pub mod overlay;
 pub mod pod;
 pub mod privileges;
 pub mod process;

@@ -19,6 +19,7 @@ use thiserror::Error;
 use crate::{
     assembly::assemble,
     mounts::{MountError, Options, unmount_all},
+    overlay::{Overlay, OverlayError},
     tree::{self, TreeError},
 };
 
@@ -73,6 +74,9 @@ pub enum RootfsError {
         #[source]
         source: Errno,
     },
+    /// It is an overlay that cannot be mounted a second time.
+    #[error("Cannot mount the root file system")]
+    Overlay(#[from] OverlayError),
     /// There is neither a mount nor a directory.
     #[error("The container has no root file system: neither mounts nor an absolute root.path")]
     Missing,
@@ -85,6 +89,8 @@ enum Source {
     Mounts(Vec<Mount>),
     /// A directory that is there.
     Directory(PathBuf),
+    /// The mount point of an overlay that is there.
+    Overlay(Overlay),
 }
 
 /// A root file system.
@@ -108,7 +114,10 @@ impl Rootfs {
         }
         let source = match root {
             _ if !mounts.is_empty() => Source::Mounts(mounts.to_vec()),
-            Some(path) if path.is_absolute() => Source::Directory(path.to_owned()),
+            Some(path) if path.is_absolute() => match Overlay::at(path)? {
+                Some(overlay) => Source::Overlay(overlay),
+                None => Source::Directory(path.to_owned()),
+            },
             // Relative to the bundle, when somebody has mounted or unpacked it there.
             Some(path) if bundle.join(path).is_dir() => Source::Directory(bundle.join(path)),
             _ => return Err(RootfsError::Missing),
@@ -159,6 +168,11 @@ impl Rootfs {
             Source::Mounts(mounts) => {
                 assemble(mounts.clone(), Some(namespace.clone()), scratch.to_owned()).await
             }
+            Source::Overlay(overlay) => {
+                overlay.prepare()?;
+                let mounts = vec![overlay.mount()];
+                assemble(mounts, Some(namespace.clone()), scratch.to_owned()).await
+            }
             Source::Directory(path) => {
                 let tree = tree::clone(path, true)?;
                 tree::confine(
@@ -176,6 +190,9 @@ impl Rootfs {
 impl Drop for Rootfs {
     fn drop(&mut self) {
         self.hide();
+        if let Source::Overlay(overlay) = &self.source {
+            overlay.clean_up();
+        }
     }
 }
 
@@ -186,8 +203,8 @@ mod tests {
     #[test]
     fn an_absolute_root_is_used_as_it_is() {
         let bundle = tempfile::tempdir().unwrap();
-        let rootfs = Rootfs::new(bundle.path(), &[], Some(Path::new("/root"))).unwrap();
-        assert!(matches!(&rootfs.source, Source::Directory(path) if path == Path::new("/root")));
+        let rootfs = Rootfs::new(bundle.path(), &[], Some(Path::new("/proc"))).unwrap();
+        assert!(matches!(&rootfs.source, Source::Directory(path) if path == Path::new("/proc")));
         for root in [None, Some(Path::new("rootfs"))] {
             assert!(matches!(
                 Rootfs::new(bundle.path(), &[], root),
