@@ -18,9 +18,11 @@ use thiserror::Error;
 
 use crate::{
     assembly::assemble,
+    child::Reaper,
     mounts::{MountError, Options, unmount_all},
     overlay::{Overlay, OverlayError},
     tree::{self, TreeError},
+    view::{View, ViewError},
 };
 
 /// Name of the directory in the bundle where hooks find the root.
@@ -77,6 +79,9 @@ pub enum RootfsError {
     /// It is an overlay that cannot be mounted a second time.
     #[error("Cannot mount the root file system")]
     Overlay(#[from] OverlayError),
+    /// The host cannot be shown what the container does.
+    #[error("Cannot show the host the root file system")]
+    View(#[from] ViewError),
     /// There is neither a mount nor a directory.
     #[error("The container has no root file system: neither mounts nor an absolute root.path")]
     Missing,
@@ -97,12 +102,15 @@ enum Source {
 ///
 /// It is mounted for the VM alone, under the pod's ids. Host hooks see it under the host's, at
 /// `rootfs` in the bundle, before the VM has it: overlayfs does not say what happens to an upper
-/// layer that two mounts use.
+/// layer that two mounts use. An overlay that the host has mounted itself is covered by a [`View`]
+/// once the VM has its own.
 #[derive(Debug)]
 pub struct Rootfs {
     source: Source,
     /// Where hooks find it, if it is mounted there.
     shown: Option<PathBuf>,
+    /// What covers the overlay that was there.
+    view: Option<View>,
 }
 
 impl Rootfs {
@@ -125,6 +133,7 @@ impl Rootfs {
         Ok(Self {
             source,
             shown: None,
+            view: None,
         })
     }
 
@@ -185,11 +194,32 @@ impl Rootfs {
             }
         }
     }
+
+    /// Whether the host gets a view of it.
+    pub fn is_viewed(&self) -> bool {
+        matches!(self.source, Source::Overlay(_))
+    }
+
+    /// Covers the host's own mount, if there is one, with a view of `tree`, the VM's.
+    pub async fn view(
+        &mut self,
+        tree: OwnedFd,
+        namespace: &Arc<UserNamespace>,
+        reaper: &Reaper,
+        scratch: &Path,
+    ) -> Result<(), RootfsError> {
+        if let Source::Overlay(overlay) = &self.source {
+            let view = View::show(tree, namespace, reaper, scratch, &overlay.path).await?;
+            self.view = Some(view);
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Rootfs {
     fn drop(&mut self) {
         self.hide();
+        self.view = None;
         if let Source::Overlay(overlay) = &self.source {
             overlay.clean_up();
         }

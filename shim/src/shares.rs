@@ -1,7 +1,7 @@
 //! What of the host a container can see: its root and the sources of its bind mounts.
 
 use std::{
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
 };
 
@@ -11,6 +11,7 @@ use nix::mount::MsFlags;
 use thiserror::Error;
 
 use crate::{
+    child::Reaper,
     pod::{Confinement, Pod},
     rootfs::{Rootfs, RootfsError},
     spec::{IdMapping, IdMappings, Mount, Spec},
@@ -85,6 +86,7 @@ impl Shares {
         &mut self,
         pod: &Pod,
         confinement: &Confinement,
+        reaper: &Reaper,
         prefix: &str,
         rootfs: &mut Rootfs,
     ) -> Result<String, ShareError> {
@@ -92,14 +94,13 @@ impl Shares {
         let tree = rootfs
             .tree(&confinement.namespace, &confinement.state_dir)
             .await?;
-        self.add(
-            pod,
-            &name,
-            tree,
-            (false, true),
-            "the root file system".into(),
-        )
-        .await?;
+        // The host may change what it has a view of.
+        let options = (false, !rootfs.is_viewed());
+        let what = "the root file system".into();
+        self.add(pod, &name, tree.as_fd(), options, what).await?;
+        rootfs
+            .view(tree, &confinement.namespace, reaper, &confinement.state_dir)
+            .await?;
         Ok(name)
     }
 
@@ -120,7 +121,7 @@ impl Shares {
             let tree = bind(confinement, mount, &users)?;
             let name = format!("{prefix}-m{index}");
             let options = (mount.is_read_only(), false);
-            self.add(pod, &name, tree, options, mount.source.clone())
+            self.add(pod, &name, tree.as_fd(), options, mount.source.clone())
                 .await?;
             shared.push(SharedMount {
                 index,
@@ -135,13 +136,13 @@ impl Shares {
         &mut self,
         pod: &Pod,
         name: &str,
-        tree: OwnedFd,
+        tree: BorrowedFd<'_>,
         (read_only, exclusive): (bool, bool),
         what: PathBuf,
     ) -> Result<(), ShareError> {
         // Noted first: an answer that comes too late may still mean that it is shared.
         self.names.push(name.to_owned());
-        pod.share(name, tree.as_fd(), read_only, exclusive)
+        pod.share(name, tree, read_only, exclusive)
             .await
             .map_err(|source| ShareError::Vmm { what, source })
     }
