@@ -214,7 +214,7 @@ fn errno_of(errno: rustix::io::Errno) -> Errno {
 }
 
 /// Gives this thread mounts of its own, and an empty directory to work in.
-fn enter(scratch: &Path) -> nix::Result<()> {
+pub(crate) fn enter(scratch: &Path) -> nix::Result<()> {
     const NONE: Option<&str> = None;
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
@@ -254,7 +254,7 @@ fn within_root(target: &str) -> Result<OwnedFd, RootfsError> {
 }
 
 /// The layers of `lowerdir`, still escaped.
-fn split_layers(lower: &str) -> impl Iterator<Item = &str> {
+pub(crate) fn split_layers(lower: &str) -> impl Iterator<Item = &str> {
     let mut escaped = false;
     lower.split(move |c| {
         let separates = c == ':' && !escaped;
@@ -264,7 +264,7 @@ fn split_layers(lower: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Takes away the backslashes that keep overlayfs from splitting a path.
-fn unescape(path: &str) -> PathBuf {
+pub(crate) fn unescape(path: &str) -> PathBuf {
     let mut plain = String::with_capacity(path.len());
     let mut rest = path.chars();
     while let Some(c) = rest.next() {
@@ -277,7 +277,7 @@ fn unescape(path: &str) -> PathBuf {
     plain.into()
 }
 
-fn escape(path: &Path) -> String {
+pub(crate) fn escape(path: &Path) -> String {
     let mut escaped = String::new();
     for c in path.to_string_lossy().chars() {
         if matches!(c, '\\' | ':' | ',') {

@@ -181,7 +181,13 @@ async fn build(
 
     let shares = &mut progress.resources.shares;
     let rootfs_share = shares
-        .add_rootfs(&host.pod, confinement, &neighbourhood.prefix, rootfs)
+        .add_rootfs(
+            &host.pod,
+            confinement,
+            &host.reaper,
+            &neighbourhood.prefix,
+            rootfs,
+        )
         .await?;
     let shared_mounts = shares
         .add_mounts(&host.pod, confinement, &neighbourhood.prefix, &spec)

@@ -16,7 +16,7 @@ use thiserror::Error;
 
 use crate::{
     address::Address, args::Arguments, cgroup, child::KILLED, config::Config, errors::timestamp,
-    mounts::unmount_all, options::Options, rootfs, spec::Spec, state,
+    mounts::unmount_all, options::Options, rootfs, spec::Spec, state, view,
 };
 
 /// How long killed processes may take to end. containerd gives the whole command five seconds.
@@ -68,6 +68,11 @@ fn clean(arguments: &Arguments, bundle: &Path) {
         cgroup::destroy(&path, PROCESSES_DEADLINE);
     }
     unmount_all(&bundle.join(rootfs::DIRECTORY));
+    if let Some(root) = &spec.root
+        && root.path.is_absolute()
+    {
+        view::take_away(&root.path);
+    }
     let config = Config::of_pod(&Options::kept(bundle)).unwrap_or_default();
     state::remove(&state::path(
         &config.state_dir,

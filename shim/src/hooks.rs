@@ -20,7 +20,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{child::Reaper, spec::Hook, text};
+use crate::{child::Reaper, privileges, spec::Hook, text};
 
 /// The most of a hook's standard error that is told, in bytes.
 const MAX_MESSAGE: u64 = 1024;
@@ -119,6 +119,8 @@ async fn run_one(hook: &Hook, state: &State<'_>, reaper: &Reaper) -> Result<(), 
         .stdin(their_input)
         .stdout(Stdio::null())
         .stderr(their_errors);
+    // SAFETY: it makes system calls only, and neither allocates nor takes a lock.
+    unsafe { command.pre_exec(|| Ok(privileges::find_hook()?)) };
     let child = reaper.spawn(&mut command).map_err(failed)?;
     drop(command);
     let mut our_input = pipe::Sender::from_owned_fd(our_input.into()).map_err(failed)?;
@@ -204,6 +206,25 @@ mod tests {
             panic!("{error}");
         };
         assert_eq!((code, message.as_str()), (3, "no way"));
+    }
+
+    #[tokio::test]
+    async fn a_hook_may_be_the_executable_of_a_process_with_more_rights() {
+        let mut process = Command::new("sleep").arg("1000").spawn().unwrap();
+        let path = PathBuf::from(format!("/proc/{}/exe", process.id()));
+        // Of this test's thread alone.
+        privileges::restrict().unwrap();
+        assert!(std::fs::read_link(&path).is_err());
+        let ended = try_run(Hook {
+            path,
+            args: vec!["sleep".into(), "0".into()],
+            env: Vec::new(),
+            timeout: None,
+        });
+        let ended = ended.await;
+        process.kill().unwrap();
+        process.wait().ok();
+        ended.unwrap();
     }
 
     #[tokio::test]

@@ -7,6 +7,7 @@
 //! - [`daemon`]: serves the task API ([`service`]) for one pod ([`pod`]) and its containers
 //!   ([`container`]).
 //! - [`anchor`]: the process that stands for a container's process on the host.
+//! - [`view`]: the process that shows the host a container's files.
 //! - [`delete`]: cleans up what a crashed daemon left.
 //! - [`info`]: tells containerd 2 what this is.
 //!
@@ -34,6 +35,7 @@ pub mod info;
 pub mod logging;
 pub mod mounts;
 pub mod options;
+pub mod overlay;
 pub mod pod;
 pub mod privileges;
 pub mod process;
@@ -50,14 +52,15 @@ pub mod streams;
 pub mod text;
 pub mod timeline;
 pub mod tree;
+pub mod view;
 pub mod vmm_process;
 
 use std::{env, ffi::OsString, io::Write, process::ExitCode};
 
 use args::{Action, Arguments};
 
-/// Runs the executable's part. The first argument `anchor` is looked at before anything else is
-/// set up, because anchors stay small.
+/// Runs the executable's part. The first arguments `anchor` and `view` are looked at before anything
+/// else is set up, because these processes stay small.
 pub fn main() -> ExitCode {
     let started_ns = timeline::now_ns();
     let mut arguments = env::args_os().skip(1).peekable();
@@ -66,6 +69,9 @@ pub fn main() -> ExitCode {
         .is_some()
     {
         return anchor::process::main(arguments);
+    }
+    if arguments.next_if(|first| first == view::ARGUMENT).is_some() {
+        return view::process::main();
     }
     match run(arguments, started_ns) {
         Ok(code) => code,

@@ -1,4 +1,4 @@
-//! What the shim and its anchors may do on the host.
+//! What the shim and the processes that it starts of itself may do on the host.
 
 use rustix::{
     io::{Errno, Result},
@@ -23,6 +23,10 @@ pub const SHIM: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SYS_ADMIN)
     .union(CapabilitySet::SYS_RESOURCE);
 
+/// What a shim may take on for a moment: a hook may be the executable of a process (Docker's is
+/// `/proc/PID/exe`), and the link leads only who has all that the process has, or this.
+const FOR_HOOKS: CapabilitySet = CapabilitySet::SYS_PTRACE;
+
 /// Leaves the calling thread, and those that it starts, with the capabilities of a shim.
 ///
 /// Programs that a shim executes have those of any program that root starts: hooks and loggers are
@@ -31,26 +35,42 @@ pub const SHIM: CapabilitySet = CapabilitySet::CHOWN
 pub fn restrict() -> Result<()> {
     let before = rustix::thread::capabilities(None)?;
     // A nested root may lack some of them.
-    set(before.permitted.intersection(SHIM))
+    let permitted = before.permitted;
+    set(
+        permitted.intersection(SHIM),
+        permitted.intersection(SHIM.union(FOR_HOOKS)),
+    )
+}
+
+/// Takes on what it needs to find the executable of a hook. For a child before execve(2): it makes
+/// system calls only.
+pub fn find_hook() -> Result<()> {
+    let permitted = rustix::thread::capabilities(None)?.permitted;
+    set(permitted, permitted)
 }
 
 /// Leaves the calling process without any capability, for good.
 pub fn renounce() -> Result<()> {
-    for capability in CapabilitySet::all().iter() {
+    keep_only(CapabilitySet::empty())
+}
+
+/// Leaves the calling process with these capabilities at most, for good.
+pub fn keep_only(kept: CapabilitySet) -> Result<()> {
+    for capability in CapabilitySet::all().difference(kept).iter() {
         match remove_capability_from_bounding_set(capability) {
             // A capability that this kernel does not have yet.
             Ok(()) | Err(Errno::INVAL) => {}
             Err(errno) => return Err(errno),
         }
     }
-    set(CapabilitySet::empty())?;
+    set(kept, kept)?;
     set_no_new_privs(true)
 }
 
-fn set(capabilities: CapabilitySet) -> Result<()> {
+fn set(effective: CapabilitySet, permitted: CapabilitySet) -> Result<()> {
     let sets = CapabilitySets {
-        effective: capabilities,
-        permitted: capabilities,
+        effective,
+        permitted,
         inheritable: CapabilitySet::empty(),
     };
     set_capabilities(None, sets)

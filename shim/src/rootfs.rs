@@ -18,8 +18,11 @@ use thiserror::Error;
 
 use crate::{
     assembly::assemble,
+    child::Reaper,
     mounts::{MountError, Options, unmount_all},
+    overlay::{Overlay, OverlayError},
     tree::{self, TreeError},
+    view::{View, ViewError},
 };
 
 /// Name of the directory in the bundle where hooks find the root.
@@ -73,6 +76,12 @@ pub enum RootfsError {
         #[source]
         source: Errno,
     },
+    /// It is an overlay that cannot be mounted a second time.
+    #[error("Cannot mount the root file system")]
+    Overlay(#[from] OverlayError),
+    /// The host cannot be shown what the container does.
+    #[error("Cannot show the host the root file system")]
+    View(#[from] ViewError),
     /// There is neither a mount nor a directory.
     #[error("The container has no root file system: neither mounts nor an absolute root.path")]
     Missing,
@@ -85,18 +94,23 @@ enum Source {
     Mounts(Vec<Mount>),
     /// A directory that is there.
     Directory(PathBuf),
+    /// The mount point of an overlay that is there.
+    Overlay(Overlay),
 }
 
 /// A root file system.
 ///
 /// It is mounted for the VM alone, under the pod's ids. Host hooks see it under the host's, at
 /// `rootfs` in the bundle, before the VM has it: overlayfs does not say what happens to an upper
-/// layer that two mounts use.
+/// layer that two mounts use. An overlay that the host has mounted itself is covered by a [`View`]
+/// once the VM has its own.
 #[derive(Debug)]
 pub struct Rootfs {
     source: Source,
     /// Where hooks find it, if it is mounted there.
     shown: Option<PathBuf>,
+    /// What covers the overlay that was there.
+    view: Option<View>,
 }
 
 impl Rootfs {
@@ -108,7 +122,10 @@ impl Rootfs {
         }
         let source = match root {
             _ if !mounts.is_empty() => Source::Mounts(mounts.to_vec()),
-            Some(path) if path.is_absolute() => Source::Directory(path.to_owned()),
+            Some(path) if path.is_absolute() => match Overlay::at(path)? {
+                Some(overlay) => Source::Overlay(overlay),
+                None => Source::Directory(path.to_owned()),
+            },
             // Relative to the bundle, when somebody has mounted or unpacked it there.
             Some(path) if bundle.join(path).is_dir() => Source::Directory(bundle.join(path)),
             _ => return Err(RootfsError::Missing),
@@ -116,6 +133,7 @@ impl Rootfs {
         Ok(Self {
             source,
             shown: None,
+            view: None,
         })
     }
 
@@ -159,6 +177,11 @@ impl Rootfs {
             Source::Mounts(mounts) => {
                 assemble(mounts.clone(), Some(namespace.clone()), scratch.to_owned()).await
             }
+            Source::Overlay(overlay) => {
+                overlay.prepare()?;
+                let mounts = vec![overlay.mount()];
+                assemble(mounts, Some(namespace.clone()), scratch.to_owned()).await
+            }
             Source::Directory(path) => {
                 let tree = tree::clone(path, true)?;
                 tree::confine(
@@ -171,11 +194,35 @@ impl Rootfs {
             }
         }
     }
+
+    /// Whether the host gets a view of it.
+    pub fn is_viewed(&self) -> bool {
+        matches!(self.source, Source::Overlay(_))
+    }
+
+    /// Covers the host's own mount, if there is one, with a view of `tree`, the VM's.
+    pub async fn view(
+        &mut self,
+        tree: OwnedFd,
+        namespace: &Arc<UserNamespace>,
+        reaper: &Reaper,
+        scratch: &Path,
+    ) -> Result<(), RootfsError> {
+        if let Source::Overlay(overlay) = &self.source {
+            let view = View::show(tree, namespace, reaper, scratch, &overlay.path).await?;
+            self.view = Some(view);
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Rootfs {
     fn drop(&mut self) {
         self.hide();
+        self.view = None;
+        if let Source::Overlay(overlay) = &self.source {
+            overlay.clean_up();
+        }
     }
 }
 
@@ -186,8 +233,8 @@ mod tests {
     #[test]
     fn an_absolute_root_is_used_as_it_is() {
         let bundle = tempfile::tempdir().unwrap();
-        let rootfs = Rootfs::new(bundle.path(), &[], Some(Path::new("/root"))).unwrap();
-        assert!(matches!(&rootfs.source, Source::Directory(path) if path == Path::new("/root")));
+        let rootfs = Rootfs::new(bundle.path(), &[], Some(Path::new("/proc"))).unwrap();
+        assert!(matches!(&rootfs.source, Source::Directory(path) if path == Path::new("/proc")));
         for root in [None, Some(Path::new("rootfs"))] {
             assert!(matches!(
                 Rootfs::new(bundle.path(), &[], root),

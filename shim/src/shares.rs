@@ -11,6 +11,7 @@ use nix::mount::MsFlags;
 use thiserror::Error;
 
 use crate::{
+    child::Reaper,
     pod::{Confinement, Pod},
     rootfs::{Rootfs, RootfsError},
     spec::{Hook, IdMapping, IdMappings, Mount, Spec},
@@ -94,6 +95,7 @@ impl Shares {
         &mut self,
         pod: &Pod,
         confinement: &Confinement,
+        reaper: &Reaper,
         prefix: &str,
         rootfs: &mut Rootfs,
     ) -> Result<String, ShareError> {
@@ -101,14 +103,13 @@ impl Shares {
         let tree = rootfs
             .tree(&confinement.namespace, &confinement.state_dir)
             .await?;
-        self.add(
-            pod,
-            &name,
-            tree,
-            (false, true),
-            "the root file system".into(),
-        )
-        .await?;
+        // The host may change what it has a view of.
+        let options = (false, !rootfs.is_viewed());
+        let what = "the root file system".into();
+        self.add(pod, &name, tree.as_fd(), options, what).await?;
+        rootfs
+            .view(tree, &confinement.namespace, reaper, &confinement.state_dir)
+            .await?;
         Ok(name)
     }
 
@@ -129,7 +130,7 @@ impl Shares {
             let tree = bind(confinement, mount, &users)?;
             let name = format!("{prefix}-m{index}");
             let options = (mount.is_read_only(), false);
-            self.add(pod, &name, tree, options, mount.source.clone())
+            self.add(pod, &name, tree.as_fd(), options, mount.source.clone())
                 .await?;
             shared.push(SharedMount {
                 index,
@@ -172,13 +173,13 @@ impl Shares {
         &mut self,
         pod: &Pod,
         name: &str,
-        tree: OwnedFd,
+        tree: BorrowedFd<'_>,
         (read_only, exclusive): (bool, bool),
         what: PathBuf,
     ) -> Result<(), ShareError> {
         // Noted first: an answer that comes too late may still mean that it is shared.
         self.names.push(name.to_owned());
-        pod.share(name, tree.as_fd(), read_only, exclusive)
+        pod.share(name, tree, read_only, exclusive)
             .await
             .map_err(|source| ShareError::Vmm { what, source })
     }

@@ -82,7 +82,7 @@ fn set_up(network: &OsStr) -> Result<SignalFd, (&'static str, io::Error)> {
 
 /// Replaces everything that can be seen by an empty, read-only directory. Nothing of the host
 /// stays in use by this.
-fn empty_root() -> nix::Result<()> {
+pub(crate) fn empty_root() -> nix::Result<()> {
     const NONE: Option<&str> = None;
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;

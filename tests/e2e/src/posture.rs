@@ -131,7 +131,7 @@ pub const SHIM: &[Row] = &[
     ),
     row(
         "capabilities, permitted",
-        "chown dac_override dac_read_search fowner fsetid kill setgid setuid sys_admin sys_resource setfcap",
+        "chown dac_override dac_read_search fowner fsetid kill setgid setuid sys_ptrace sys_admin sys_resource setfcap",
         |t| t.capabilities("CapPrm"),
     ),
     row("capabilities, inheritable", NONE, |t| {
