@@ -12,11 +12,12 @@ use nix::{
     unistd::Pid,
 };
 use rustix::{
+    io::retry_on_intr,
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg,
         sockopt::{Timeout, set_socket_timeout},
     },
-    process::{WaitId, WaitIdOptions, waitid},
+    process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
 };
 use thiserror::Error;
 
@@ -124,7 +125,8 @@ pub fn namespace_with(users: &[IdMap], groups: &[IdMap]) -> Result<OwnedFd, User
             Ok(namespace)
         });
     drop(ours);
-    // It ends at once now. Who reaps all of this process's children may be quicker.
+    // It has no more to do. Who reaps all of this process's children may be quicker.
+    let _ = pidfd_send_signal(&pidfd, Signal::KILL);
     let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
     made
 }
@@ -145,8 +147,11 @@ fn receive(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0; 1];
-    let mut data = [io::IoSliceMut::new(&mut byte)];
-    recvmsg(socket, &mut data, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    // A receive with a deadline is not restarted after a signal (signal(7)), as of a child's end.
+    retry_on_intr(|| {
+        let mut data = [io::IoSliceMut::new(&mut byte)];
+        recvmsg(socket, &mut data, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+    })?;
     let mut messages = ancillary.drain();
     let received = messages.find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
