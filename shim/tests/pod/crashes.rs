@@ -11,7 +11,7 @@ use protobuf::Message;
 
 use crate::{
     containerd::{Containerd, deadline, delete, start, wait, wait_gone},
-    lifecycle::{kill, shut_down, try_shut_down},
+    lifecycle::{shut_down, try_shut_down},
     machine,
 };
 
@@ -20,18 +20,15 @@ fn signal(pid: impl TryInto<i32>, signal: Signal) {
     send_signal(Pid::from_raw(pid), signal).unwrap();
 }
 
+pub fn send_sigkill(pid: u32) {
+    signal(pid, Signal::SIGKILL);
+}
+
 /// A running container: the client, the anchor's PID and the shim's.
 async fn running(
     containerd: &Containerd,
 ) -> (containerd_shim_protos::shim_async::TaskClient, u32, i32) {
-    running_command(containerd, &["sleep"]).await
-}
-
-async fn running_command(
-    containerd: &Containerd,
-    command: &[&str],
-) -> (containerd_shim_protos::shim_async::TaskClient, u32, i32) {
-    containerd.add_bundle("c1", None, command);
+    containerd.add_bundle("c1", None, &["sleep"]);
     let (client, _) = containerd.start_shim("c1").await;
     client
         .create(deadline(), &containerd.create_request("c1"))
@@ -70,19 +67,6 @@ pub async fn vmm_killed() {
     shut_down(&client).await;
     containerd.assert_nothing_left("c1");
     assert!(containerd.topics().contains(&"/tasks/exit c1 137".into()));
-}
-
-pub async fn guest_stuck() {
-    let containerd = Containerd::new("normal").await;
-    let (client, anchor, _) = running_command(&containerd, &["sleep", "deaf"]).await;
-    let request = kill("c1", "", Signal::SIGKILL as u32);
-    client.kill(deadline(), &request).await.unwrap();
-    let exited = client.wait(deadline(), &wait("c1", "")).await.unwrap();
-    assert_eq!(exited.exit_status, 137);
-    wait_gone(anchor.try_into().unwrap());
-    client.delete(deadline(), &delete("c1", "")).await.unwrap();
-    shut_down(&client).await;
-    containerd.assert_nothing_left("c1");
 }
 
 pub async fn anchor_killed() {
