@@ -127,7 +127,7 @@ pub fn namespace_with(users: &[IdMap], groups: &[IdMap]) -> Result<OwnedFd, User
     drop(ours);
     // It has no more to do. Who reaps all of this process's children may be quicker.
     let _ = pidfd_send_signal(&pidfd, Signal::KILL);
-    let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+    let _ = retry_on_intr(|| waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED));
     made
 }
 
@@ -229,6 +229,46 @@ mod tests {
             count: 10,
         };
         assert_eq!(range.map().to_string(), "0 1000 10");
+    }
+
+    #[test]
+    fn signals_disturb_nothing() {
+        use std::{
+            sync::atomic::{AtomicBool, Ordering},
+            thread,
+        };
+
+        use nix::sys::{
+            pthread::{pthread_kill, pthread_self},
+            signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
+        };
+
+        extern "C" fn nothing(_: libc::c_int) {}
+        let handler = SigHandler::Handler(nothing);
+        let action = SigAction::new(handler, SaFlags::empty(), SigSet::empty());
+        // SAFETY: the handler does nothing.
+        unsafe { sigaction(Signal::SIGUSR1, &action) }.unwrap();
+        let (disturbed, done) = (pthread_self(), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    pthread_kill(disturbed, Signal::SIGUSR1).unwrap();
+                    thread::yield_now();
+                }
+            });
+            let range = IdRange {
+                first: 5000,
+                count: 3,
+            }
+            .map();
+            let made: Vec<_> = (0..50)
+                .map(|_| namespace_with(&[range], &[range]))
+                .collect();
+            done.store(true, Ordering::Relaxed);
+            for namespace in made {
+                namespace.unwrap();
+            }
+        });
     }
 
     #[test]
