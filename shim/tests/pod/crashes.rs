@@ -15,13 +15,9 @@ use crate::{
     machine,
 };
 
-fn signal(pid: impl TryInto<i32>, signal: Signal) {
+pub fn signal(pid: impl TryInto<i32>, signal: Signal) {
     let pid = pid.try_into().ok().unwrap();
     send_signal(Pid::from_raw(pid), signal).unwrap();
-}
-
-pub fn send_sigkill(pid: u32) {
-    signal(pid, Signal::SIGKILL);
 }
 
 /// A running container: the client, the anchor's PID and the shim's.

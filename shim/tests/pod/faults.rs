@@ -7,12 +7,13 @@ use containerd_shim_protos::{
     api::{DeleteResponse, StateRequest},
     shim_async::TaskClient,
 };
+use nix::sys::signal::Signal;
 use protobuf::Message;
 use tokio::{task::JoinHandle, time::timeout};
 
 use crate::{
     containerd::{Containerd, deadline, delete, start, wait, wait_gone},
-    crashes::send_sigkill,
+    crashes::signal,
     lifecycle::{connect, exec, kill, shut_down},
 };
 
@@ -38,6 +39,8 @@ pub enum Victim {
     Anchor,
     ExecAnchor,
     Shim,
+    /// The shim, which is told to end (SIGTERM) and ends its pod first.
+    ShimTold,
 }
 
 /// A case of the matrix.
@@ -74,10 +77,11 @@ pub fn matrix() -> impl Iterator<Item = Fault> {
         Victim::Anchor,
         Victim::ExecAnchor,
         Victim::Shim,
+        Victim::ShimTold,
     ];
     steps.into_iter().flat_map(move |(call, step)| {
         let there = move |victim: &Victim| match victim {
-            Victim::Vmm | Victim::Shim => true,
+            Victim::Vmm | Victim::Shim | Victim::ShimTold => true,
             // It is started beside the boot, and ends with its process.
             Victim::Anchor => !matches!(step, "Boot" | "Connection") && call != Call::Delete,
             Victim::ExecAnchor => call == Call::Exec,
@@ -140,7 +144,7 @@ fn processes_of(containerd: &Containerd, victim: Victim, shim: u32) -> Vec<i32> 
         Victim::Vmm => containerd.vmm_pids(),
         Victim::Anchor => anchors()[..1].to_vec(),
         Victim::ExecAnchor => anchors()[1..].to_vec(),
-        Victim::Shim => vec![shim.try_into().unwrap()],
+        Victim::Shim | Victim::ShimTold => vec![shim.try_into().unwrap()],
     }
 }
 
@@ -168,8 +172,16 @@ pub async fn survive(fault: Fault) {
 
     let dying = processes_of(&containerd, victim, shim);
     assert_eq!(dying.len(), 1, "{fault}: {dying:?}");
-    send_sigkill(dying[0].unsigned_abs());
-    if victim != Victim::Shim {
+    let shim_dies = matches!(victim, Victim::Shim | Victim::ShimTold);
+    signal(
+        dying[0],
+        if victim == Victim::ShimTold {
+            Signal::SIGTERM
+        } else {
+            Signal::SIGKILL
+        },
+    );
+    if !shim_dies {
         // The shim and its VMM go on with what they were at.
         held.release();
     }
@@ -180,13 +192,17 @@ pub async fn survive(fault: Fault) {
         let waited = timeout(LIMIT, waiting).await;
         match waited.unwrap_or_else(|_| panic!("{fault}: Wait does not end")) {
             Ok(exited) => assert_eq!(exited.exit_status, 137, "{fault}"),
-            Err(error) => assert_eq!(victim, Victim::Shim, "{fault}: {error}"),
+            Err(error) => assert!(shim_dies, "{fault}: {error}"),
         }
     }
-    if victim == Victim::Shim {
+    if shim_dies {
         wait_gone(dying[0]);
     } else {
         finish(&client, fault).await;
+    }
+    if victim != Victim::Shim {
+        // By itself, and containerd has been told.
+        containerd.assert_nothing_left("c1");
         check_events(&containerd, fault);
     }
     let output = containerd.run_shim("c1", "delete", || Ok(()));
@@ -206,8 +222,12 @@ fn check_outcome(fault: Fault, outcome: &Outcome) {
             assert!(!answered, "{fault}: {error}");
         }
         (Victim::Shim, Ok(())) => panic!("{fault}: answered by a shim that is dead"),
+        // It may still have the time to answer.
+        (Victim::ShimTold, Err(_)) => {}
         // Nothing can be created or started in a VM that is gone.
-        (Victim::Vmm, Ok(())) => assert!(matches!(call, Call::Kill | Call::Delete), "{fault}"),
+        (Victim::Vmm | Victim::ShimTold, Ok(())) => {
+            assert!(matches!(call, Call::Kill | Call::Delete), "{fault}")
+        }
         (_, Err(ttrpc::Error::RpcStatus(status))) => {
             assert!(!status.message().is_empty(), "{fault}: no reason");
         }

@@ -7,10 +7,12 @@ use containerd_shim_protos::{
     api::{ResizePtyRequest, StatsRequest},
     shim_async::TaskClient,
 };
+use nix::sys::signal::Signal;
 use tokio::time::timeout;
 
 use crate::{
     containerd::{Containerd, deadline, delete, start, wait},
+    crashes::signal,
     lifecycle::{connect, exec, kill, shut_down, state},
 };
 
@@ -232,7 +234,7 @@ pub async fn disobedient() {
             client.create(deadline(), &request).await.unwrap();
             let started = client.start(deadline(), &start("c1", "")).await.unwrap();
             if anchor_is_killed {
-                crate::crashes::send_sigkill(started.pid);
+                signal(started.pid, Signal::SIGKILL);
             } else {
                 let request = kill("c1", "", SIGKILL);
                 client.kill(deadline(), &request).await.unwrap();
