@@ -3,13 +3,20 @@
 use std::{
     fs::{self, DirBuilder},
     io::{self, ErrorKind},
-    os::unix::{
-        fs::{DirBuilderExt, PermissionsExt},
-        net::{UnixListener, UnixStream},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{DirBuilderExt, PermissionsExt},
+            net::UnixListener,
+        },
     },
     path::{Path, PathBuf},
 };
 
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with},
+};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
@@ -124,9 +131,17 @@ impl Address {
         Ok(listener)
     }
 
-    /// Whether a shim accepts connections.
+    /// Whether a shim accepts connections, or will: one that is stuck, with as many waiting for it as
+    /// can, is not waited for.
     pub fn is_served(&self) -> bool {
-        UnixStream::connect(&self.path).is_ok()
+        matches!(self.connect(), Ok(_) | Err(Errno::AGAIN))
+    }
+
+    fn connect(&self) -> rustix::io::Result<OwnedFd> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        connect(&socket, &SocketAddrUnix::new(&self.path)?)?;
+        Ok(socket)
     }
 
     /// Removes the socket, if it is there.
@@ -178,7 +193,14 @@ mod tests {
             0o600
         );
         assert!(address.is_served());
-        drop(first);
+        // Nor does a shim that accepts nothing make anybody wait.
+        rustix::net::listen(&first, 0).unwrap();
+        let full: Vec<_> = (0..)
+            .map(|_| address.connect())
+            .take_while(Result::is_ok)
+            .collect();
+        assert!(address.is_served());
+        drop((first, full));
         assert!(!address.is_served());
         address.remove().unwrap();
         address.remove().unwrap();

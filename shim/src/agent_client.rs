@@ -13,14 +13,14 @@ use bulkhead_agent_api::{
     service::AgentClient as Service,
 };
 use thiserror::Error;
-use tokio::{net::UnixStream, time::timeout};
+use tokio::net::UnixStream;
 use ttrpc::{
     Code,
     asynchronous::{Client, transport::Socket},
     context::Context,
 };
 
-use crate::text;
+use crate::{deadline::timeout, text};
 
 /// For calls that set something up. Generous, because the host may be emulated.
 const SETUP_DEADLINE: Duration = Duration::from_secs(60);

@@ -11,6 +11,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
     thread,
+    time::Duration,
 };
 
 use bulkhead_vmm_control::UserNamespace;
@@ -30,10 +31,14 @@ use rustix::{
 use tokio::sync::oneshot;
 
 use crate::{
+    deadline::timeout,
     mounts::{Options, mount_on},
     rootfs::RootfsError,
     tree,
 };
+
+/// How long it may take, with whatever file systems the layers are on.
+pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Where the root is put together, in the scratch directory.
 const ROOT: &str = "root";
@@ -60,7 +65,8 @@ pub async fn assemble(
         .spawn(work)
         .map_err(RootfsError::Thread)?;
     let ended = |_| RootfsError::Thread(io::Error::other("it ended without an answer"));
-    result.await.map_err(ended)?
+    let in_time = timeout(DEADLINE, result).await;
+    in_time.map_err(|_| RootfsError::Deadline)?.map_err(ended)?
 }
 
 struct Assembly<'a> {

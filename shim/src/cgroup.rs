@@ -19,6 +19,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::statfs::{CGROUP2_SUPER_MAGIC, statfs},
 };
@@ -51,6 +52,9 @@ const VMM_THREADS: u32 = 16;
 
 /// Memory in bytes that a VMM may use beside its guest's, however small that is.
 const VMM_MEMORY: u64 = 256 << 20;
+
+/// How long a killed process may take to end that keeps a cgroup from being removed.
+const END_DEADLINE: Duration = Duration::from_secs(3);
 
 /// Failures with a cgroup.
 #[derive(Debug, Error)]
@@ -235,8 +239,17 @@ fn bandwidth(cpu: &Cpu) -> Option<String> {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        for path in [&self.path.join(VMM), &self.path.join(ANCHORS), &self.path] {
-            match fs::remove_dir(path) {
+        let own = [self.path.join(VMM), self.path.join(ANCHORS)];
+        for path in own.iter().chain([&self.path]) {
+            let mut removed = fs::remove_dir(path);
+            if path != &self.path
+                && matches!(&removed, Err(error) if error.kind() == ErrorKind::ResourceBusy)
+            {
+                // Somebody is in it who was killed just now, or left to end by himself.
+                empty(path, END_DEADLINE);
+                removed = fs::remove_dir(path);
+            }
+            match removed {
                 Ok(()) => {}
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) => {
@@ -299,6 +312,15 @@ pub fn destroy(path: &Path, deadline: Duration) {
     if !path.is_dir() {
         return;
     }
+    empty(path, deadline);
+    drop(Cgroup {
+        path: path.to_owned(),
+        limited: false,
+    });
+}
+
+/// Kills what is in a cgroup, and waits until it is gone.
+fn empty(path: &Path, deadline: Duration) {
     // cgroup.kill is there since Linux 5.14; without it the processes die with their shim alone.
     if let Ok(mut kill) = OpenOptions::new()
         .write(true)
@@ -309,10 +331,6 @@ pub fn destroy(path: &Path, deadline: Duration) {
     if let Err(error) = wait_until_empty(path, deadline) {
         tracing::warn!(path = %path.display(), %error, "Cannot wait for a cgroup's processes");
     }
-    drop(Cgroup {
-        path: path.to_owned(),
-        limited: false,
-    });
 }
 
 fn wait_until_empty(path: &Path, deadline: Duration) -> io::Result<()> {
@@ -332,10 +350,14 @@ fn wait_until_empty(path: &Path, deadline: Duration) -> io::Result<()> {
         }
         // The kernel notifies changes of the file (cgroup-v2.rst, "[Un]populated Notification").
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        poll(
+        match poll(
             &mut [PollFd::new(events.as_fd(), PollFlags::POLLPRI)],
             timeout,
-        )?;
+        ) {
+            // They are children of this process, perhaps.
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
     }
 }
 

@@ -12,11 +12,7 @@ use std::{
 use bulkhead_agent_api::messages::ExecRequest;
 use containerd_shim_protos::events::task as messages;
 use protobuf::MessageField;
-use tokio::{
-    pin,
-    sync::Mutex as AsyncMutex,
-    time::{Instant, timeout, timeout_at},
-};
+use tokio::{pin, sync::Mutex as AsyncMutex, time::timeout_at};
 use ttrpc::Code;
 
 use self::adjust::Adjusted;
@@ -26,6 +22,7 @@ use crate::{
     apparmor,
     cgroup::Cgroup,
     child::{KILLED, Reaper},
+    deadline::{self, timeout},
     errors::{TaskError, timestamp},
     events::{Event, Events},
     hooks,
@@ -43,6 +40,19 @@ const EXECS_DEADLINE: Duration = Duration::from_secs(5);
 
 /// How long a killed process may take to end.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long any process may take to end after SIGKILL, with all that it holds, before its guest counts
+/// as one that does not obey.
+const OBEY_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long the end of a process may be on its way to here when the VM has ended.
+const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(3);
+
+/// How long the root file system may take to be unmounted, which may have to write to a disk.
+const UNMOUNT_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Why a pod ends whose guest refuses what cannot be refused.
+const DISOBEYS: &str = "the guest does not obey SIGKILL";
 
 /// Exit status of an exec that could not be started.
 const NOT_STARTED: u8 = 255;
@@ -90,8 +100,10 @@ impl Resources {
         }
         self.shares.remove(&host.pod).await;
         if let Some(rootfs) = self.rootfs.take() {
-            // Unmounting may have to write to a disk.
-            let _ = tokio::task::spawn_blocking(move || drop(rootfs)).await;
+            let unmounted = tokio::task::spawn_blocking(move || drop(rootfs));
+            if timeout(UNMOUNT_DEADLINE, unmounted).await.is_err() {
+                tracing::error!(id, "The root file system is still being unmounted");
+            }
         }
         self.cgroup = None;
     }
@@ -250,7 +262,9 @@ impl Container {
             let _ = agent.signal(&self.id, "", SIGKILL, true).await;
         }
         if timeout(KILL_DEADLINE, self.init.wait()).await.is_err() {
-            tracing::warn!(id = self.id, "A killed process does not end");
+            self.host.pod.end(DISOBEYS);
+            // With the pod it ends.
+            let _ = timeout(KILL_DEADLINE, self.init.wait()).await;
         }
     }
 
@@ -431,7 +445,7 @@ impl Container {
         agent: AgentClient,
     ) {
         let exit = {
-            let end = self.end_in_guest(&process.exec_id, &agent);
+            let end = self.end_in_guest(&process, &agent);
             pin!(end);
             let mut alive = true;
             loop {
@@ -445,9 +459,16 @@ impl Container {
                         }
                     },
                 };
-                let (agent, id) = (agent.clone(), self.id.clone());
-                let exec_id = process.exec_id.clone();
-                tokio::spawn(async move { agent.signal(&id, &exec_id, signal, false).await });
+                let (container, process) = (self.clone(), process.clone());
+                let agent = agent.clone();
+                tokio::spawn(async move {
+                    let (id, exec_id) = (&container.id, &process.exec_id);
+                    // It may have ended.
+                    let _ = agent.signal(id, exec_id, signal, false).await;
+                    if signal == SIGKILL {
+                        must_end(&container.host.pod, &process).await;
+                    }
+                });
             }
         };
         process.settled().await;
@@ -459,8 +480,22 @@ impl Container {
         self.publish_exit(&process, exit);
     }
 
-    async fn end_in_guest(&self, exec_id: &str, agent: &AgentClient) -> Exit {
-        match agent.wait(&self.id, exec_id).await {
+    /// Waits for a process's end: until the guest tells it, or the VM is no more, or the container's
+    /// own process has ended and this one counts as ended with it.
+    async fn end_in_guest(&self, process: &Process, agent: &AgentClient) -> Exit {
+        let exec_id = &process.exec_id;
+        let wait = agent.wait(&self.id, exec_id);
+        pin!(wait);
+        let told = tokio::select! {
+            biased;
+            told = &mut wait => told,
+            // A VMM that does not die, killed as it is, keeps the connection open.
+            _ = self.host.pod.ended() => timeout(LAST_WORDS_DEADLINE, &mut wait)
+                .await
+                .unwrap_or(Err(AgentError::Gone)),
+            exit = process.wait() => return exit,
+        };
+        match told {
             Ok(exit) => exit,
             Err(error) => {
                 let error = text::chain(&self.explained(error).await);
@@ -479,7 +514,7 @@ impl Container {
             .map(|exec| exec.process.clone())
             .filter(|process| matches!(process.phase(), Phase::Starting | Phase::Running))
             .collect();
-        let deadline = Instant::now() + EXECS_DEADLINE;
+        let deadline = deadline::after(EXECS_DEADLINE);
         for exec in execs {
             if timeout_at(deadline, exec.wait()).await.is_err() {
                 self.publish_exit(&exec, Exit::now(KILLED));
@@ -523,11 +558,18 @@ impl Container {
             return Err(finished());
         };
         let all = all && exec_id.is_empty();
-        match agent.signal(&self.id, exec_id, signal, all).await {
+        // An exec that is being started may be unknown to the guest, and go on.
+        let known = exec_id.is_empty() || process.phase() == Phase::Running;
+        let answer = agent.signal(&self.id, exec_id, signal, all).await;
+        if signal == SIGKILL && known {
+            let pod = self.host.pod.clone();
+            tokio::spawn(async move { must_end(&pod, &process).await });
+        }
+        match answer {
             Ok(()) => Ok(()),
             // A guest that is too stuck to obey is killed from outside: SIGKILL cannot be refused.
             Err(AgentError::Deadline { .. }) if exec_id.is_empty() && signal == SIGKILL => {
-                self.host.pod.end("the guest does not obey SIGKILL");
+                self.host.pod.end(DISOBEYS);
                 Ok(())
             }
             Err(error) => match self.host.pod.explain(error).await {
@@ -615,5 +657,12 @@ impl Container {
             tracing::warn!(exec_id, error, "The agent cannot release an exec");
         }
         Ok((process.pid(), exit))
+    }
+}
+
+/// Sees to it that a process that got SIGKILL ends, whatever its guest says: at the latest with the pod.
+async fn must_end(pod: &Pod, process: &Process) {
+    if timeout(OBEY_DEADLINE, process.wait()).await.is_err() {
+        pod.end(DISOBEYS);
     }
 }

@@ -26,6 +26,7 @@ pub mod config;
 pub mod container;
 pub mod creation;
 pub mod daemon;
+pub mod deadline;
 pub mod delete;
 pub mod errors;
 pub mod events;

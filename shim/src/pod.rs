@@ -20,7 +20,7 @@ use bulkhead_vmm_control::{Counters, Reply, Request, UserNamespace, UserNamespac
 use thiserror::Error;
 use tokio::{
     sync::{mpsc, watch},
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout_at},
 };
 
 use crate::{
@@ -28,6 +28,7 @@ use crate::{
     cgroup::{Cgroup, CgroupError},
     child::Reaper,
     config::{Config, ConfigError},
+    deadline::timeout,
     ids::{IdClaim, IdError},
     spec::Cpu,
     state::{StateDirectory, StateError},
@@ -151,11 +152,21 @@ impl Pod {
         });
         let running = pod.clone();
         tokio::spawn(async move {
-            let begun = Instant::now();
-            match running.start(settings, &reaper).await {
-                Ok((notices, timeout)) => running.run(notices, begun, timeout).await,
-                Err(error) => running.end(&text::chain(&error)),
-            }
+            let limit = match &settings.config {
+                Ok(config) => Duration::from_secs(config.boot_timeout.into()),
+                // It fails at once.
+                Err(_) => Duration::ZERO,
+            };
+            let deadline = Instant::now() + limit;
+            let reason = match timeout_at(deadline, running.start(settings, &reaper)).await {
+                Ok(Ok(notices)) => running.run(notices, deadline).await,
+                Ok(Err(error)) => Some(text::chain(&error)),
+                Err(_) => None,
+            };
+            running.end(&reason.unwrap_or_else(|| {
+                let seconds = limit.as_secs();
+                format!("the guest's agent did not answer within {seconds} s (boot_timeout)")
+            }));
         });
         pod
     }
@@ -184,12 +195,12 @@ impl Pod {
         }
     }
 
-    /// Builds everything up to a running guest. Also returns how long it may take to answer.
+    /// Builds everything up to a running guest.
     async fn start(
         &self,
         settings: PodSettings,
         reaper: &Reaper,
-    ) -> Result<(mpsc::Receiver<Notice>, Duration), BootError> {
+    ) -> Result<mpsc::Receiver<Notice>, BootError> {
         let config = settings.config?;
         let kvm = open_kvm()?;
         let state =
@@ -216,6 +227,10 @@ impl Pod {
             let error = text::chain(error);
             tracing::warn!(error, "Guest files will be verified again");
         }
+        // Whoever ended the pod meanwhile has released what it had, and would not know of a VMM.
+        if let Some(failure) = self.failure() {
+            return Err(BootError::Died(failure.to_string()));
+        }
         let (vmm, notices) = VmmProcess::spawn(
             VmmSettings {
                 path: &config.vmm_path()?,
@@ -236,17 +251,16 @@ impl Pod {
             result => result?,
         }
         self.timeline.reached(Phase::VmmBooted);
-        let timeout = Duration::from_secs(config.boot_timeout.into());
-        Ok((notices, timeout))
+        Ok(notices)
     }
 
-    /// Serves a running VM until its end; `timeout` counts from `begun` to the agent's connection.
+    /// Serves a running VM until its end, and returns the reason; `None` when its agent has not
+    /// connected by the deadline.
     async fn run(
-        self: Arc<Self>,
+        self: &Arc<Self>,
         mut notices: mpsc::Receiver<Notice>,
-        begun: Instant,
-        timeout: Duration,
-    ) {
+        deadline: Instant,
+    ) -> Option<String> {
         loop {
             let booting = matches!(*self.state.borrow(), State::Booting);
             tokio::select! {
@@ -263,15 +277,10 @@ impl Pod {
                     Some(Notice::Connection { port, .. }) => {
                         tracing::warn!(port, "The guest dialled a port it may not; closed");
                     }
-                    Some(Notice::Ended { reason }) => return self.end(&reason),
-                    None => return self.end("the VMM is gone"),
+                    Some(Notice::Ended { reason }) => return Some(reason),
+                    None => return Some(VmmError::Gone.to_string()),
                 },
-                () = sleep_until(begun + timeout), if booting => {
-                    return self.end(&format!(
-                        "the guest's agent did not answer within {} s (boot_timeout)",
-                        timeout.as_secs()
-                    ));
-                }
+                () = sleep_until(deadline), if booting => return None,
             }
         }
     }
@@ -410,7 +419,7 @@ impl Pod {
             read_only,
             exclusive,
         };
-        self.vmm()?.order(&request, &[tree]).await
+        self.order(&request, &[tree]).await
     }
 
     /// Takes it away. Afterwards the VMM holds nothing of it.
@@ -418,7 +427,17 @@ impl Pod {
         let request = Request::Unshare {
             name: name.to_owned(),
         };
-        self.vmm()?.order(&request, &[]).await
+        self.order(&request, &[]).await
+    }
+
+    /// Asks the VMM for something. One that does not answer is ended, so that its shares and containers
+    /// need not be waited for one after the other.
+    async fn order(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), VmmError> {
+        let result = self.vmm()?.order(request, fds).await;
+        if let Err(error @ VmmError::Deadline) = &result {
+            self.end(&text::chain(error));
+        }
+        result
     }
 
     async fn counters(&self) -> Result<Counters, VmmError> {

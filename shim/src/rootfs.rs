@@ -17,7 +17,7 @@ use rustix::{
 use thiserror::Error;
 
 use crate::{
-    assembly::assemble,
+    assembly::{self, assemble},
     child::Reaper,
     mounts::{MountError, Options, unmount_all},
     overlay::{Overlay, OverlayError},
@@ -49,6 +49,9 @@ pub enum RootfsError {
     /// The files of a mount cannot be handed over.
     #[error("Cannot mount the root file system")]
     Tree(#[from] TreeError),
+    /// Some file system does not answer.
+    #[error("The root file system was not mounted within {} s", assembly::DEADLINE.as_secs())]
+    Deadline,
     /// There is no thread to mount in.
     #[error("Cannot run a thread to mount the root file system")]
     Thread(#[source] io::Error),

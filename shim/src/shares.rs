@@ -158,7 +158,7 @@ impl Shares {
                 source,
             })?;
             let name = format!("{prefix}-h{index}");
-            self.add(pod, &name, tree, (true, false), hook.path.clone())
+            self.add(pod, &name, tree.as_fd(), (true, false), hook.path.clone())
                 .await?;
             shared.push(SharedMount {
                 index,

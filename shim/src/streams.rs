@@ -13,8 +13,9 @@ use tokio::{
     io::AsyncReadExt,
     net::UnixStream,
     sync::{Semaphore, oneshot},
-    time::timeout,
 };
+
+use crate::deadline::timeout;
 
 /// How long a connection may take to send its token.
 const TOKEN_DEADLINE: Duration = Duration::from_secs(60);

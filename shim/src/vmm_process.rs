@@ -22,11 +22,11 @@ use tokio::{
     io::unix::AsyncFd,
     net::{UnixStream, unix::pipe},
     sync::{Mutex as AsyncMutex, mpsc, oneshot},
-    time::timeout,
 };
 
 use crate::{
     child::{Child, Reaper},
+    deadline::timeout,
     text,
 };
 

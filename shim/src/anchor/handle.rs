@@ -17,13 +17,13 @@ use thiserror::Error;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
-    time::timeout,
 };
 
 use super::{ARGUMENT, READY};
 use crate::{
     cgroup::{self, CgroupError},
     child::{Child, Reaper},
+    deadline::timeout,
     text,
 };
 

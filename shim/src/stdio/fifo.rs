@@ -86,6 +86,10 @@ pub fn open_output(stream: &'static str, path: &str) -> Result<Sink, StdioError>
 
 /// Opens a log file to append to, and makes it with its directories.
 pub fn open_log_file(stream: &'static str, path: &str) -> Result<Sink, StdioError> {
+    // Opening a FIFO to write waits for its reader.
+    if fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo()) {
+        return open_output(stream, path);
+    }
     let failed = failed(stream, path);
     if let Some(directory) = Path::new(path).parent() {
         fs::create_dir_all(directory).map_err(&failed)?;

@@ -8,13 +8,11 @@ use std::{collections::HashMap, io, path::PathBuf, sync::Arc, time::Duration};
 
 use bulkhead_agent_api::messages::Stdio;
 use thiserror::Error;
-use tokio::{
-    task::JoinHandle,
-    time::{Instant, timeout_at},
-};
+use tokio::{task::JoinHandle, time::timeout_at};
 
 use crate::{
     child::Reaper,
+    deadline,
     stdio::{
         fifo::{InputKeeper, Sink},
         logger::Logger,
@@ -197,7 +195,7 @@ impl Streaming {
     /// everything.
     pub async fn drain(mut self) {
         self.input.stop();
-        let deadline = Instant::now() + DRAIN_DEADLINE;
+        let deadline = deadline::after(DRAIN_DEADLINE);
         for mut output in self.outputs.drain(..) {
             if timeout_at(deadline, &mut output).await.is_err() {
                 tracing::warn!("Output that nobody reads is dropped");

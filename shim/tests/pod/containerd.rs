@@ -1,7 +1,7 @@
 //! As much of containerd as the tests need: bundles, calls and events.
 
 use std::{
-    fs,
+    fs::{self, File},
     io::Write,
     os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
@@ -19,10 +19,13 @@ use containerd_shim_protos::{
 };
 use protobuf::Message;
 use serde_json::json;
+use tokio::{io::AsyncReadExt, net::unix::pipe, time::timeout};
 use ttrpc::{
     asynchronous::{Server, TtrpcContext},
     context,
 };
+
+use crate::fake_vmm::{REACHED, RELEASE};
 
 const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2");
 
@@ -51,8 +54,29 @@ impl Events for EventLog {
 /// A machine with containerd on it, in a directory that is removed with this.
 pub struct Containerd {
     pub directory: tempfile::TempDir,
+    /// How many times shorter the shim's deadlines are.
+    pub haste: u32,
     log: Log,
     _server: Server,
+}
+
+/// The test's side of the step at which the VMM is held.
+pub struct Held {
+    reached: pipe::Receiver,
+    release: File,
+}
+
+impl Held {
+    /// Waits until the VMM is there.
+    pub async fn reached(&mut self) {
+        let read = timeout(DEADLINE, self.reached.read_u8()).await;
+        read.expect("the step is never reached").unwrap();
+    }
+
+    /// Lets it go on, there and from now on.
+    pub fn release(&mut self) {
+        self.release.write_all(&[0; 256]).unwrap();
+    }
 }
 
 impl Containerd {
@@ -84,9 +108,39 @@ impl Containerd {
         server.start().await.unwrap();
         Self {
             directory,
+            haste: 1,
             log,
             _server: server,
         }
+    }
+
+    /// A machine whose VMM is held at a step.
+    pub async fn held_at(step: &str) -> (Self, Held) {
+        let containerd = Self::new(&format!("hold {step}")).await;
+        let path = |name| PathBuf::from(containerd.fifo(name));
+        let (reached, release) = (path(REACHED), path(RELEASE));
+        // Open for both, so that neither side waits for the other to open it.
+        let reached = pipe::OpenOptions::new()
+            .read_write(true)
+            .open_receiver(reached);
+        let release = File::options().read(true).write(true).open(release);
+        let held = Held {
+            reached: reached.unwrap(),
+            release: release.unwrap(),
+        };
+        (containerd, held)
+    }
+
+    /// VMMs that start from now on do this.
+    pub fn set_scenario(&self, scenario: &str) {
+        fs::write(self.directory.path().join("scenario"), scenario).unwrap();
+    }
+
+    /// Adds a line to the configuration.
+    pub fn configure(&self, line: &str) {
+        let path = self.directory.path().join("config.toml");
+        let config = fs::read_to_string(&path).unwrap();
+        fs::write(path, format!("{config}{line}\n")).unwrap();
     }
 
     pub fn bundle(&self, id: &str) -> PathBuf {
@@ -130,13 +184,16 @@ impl Containerd {
     pub fn run_shim(&self, id: &str, action: &str, prepare: fn() -> std::io::Result<()>) -> Output {
         let mut command = Command::new(SHIM);
         command
-            .args(["-namespace", "test", "-address", "/containerd.sock"])
+            .args(["-namespace", "test", "-address"])
+            // Of its own, so that a failed test's pods are in nobody's way.
+            .arg(self.directory.path().join("containerd.sock"))
             .args(["-publish-binary", "/containerd", "-id", id])
             .args(["-bundle".as_ref(), self.bundle(id).as_os_str()])
             .arg(action)
             .current_dir(self.bundle(id))
             .env("TTRPC_ADDRESS", self.directory.path().join("events"))
             .env("BULKHEAD_CONFIG", self.directory.path().join("config.toml"))
+            .env("BULKHEAD_TEST_HASTE", self.haste.to_string())
             .stdin(Stdio::null());
         // SAFETY: the tests' functions make system calls only.
         unsafe { command.pre_exec(prepare) };
@@ -218,6 +275,10 @@ impl Containerd {
         assert!(!self.cgroup(id).exists(), "the cgroup is left");
         let state = path.join(format!("state/test:{id}"));
         assert!(!state.exists(), "the state is left");
+        if let Ok(address) = fs::read_to_string(bundle.join("address")) {
+            let socket = address.strip_prefix("unix://").unwrap();
+            assert!(!Path::new(socket).exists(), "the socket is left");
+        }
         for process in processes() {
             let command = process.command.replace('\0', " ");
             assert!(

@@ -11,11 +11,11 @@ use protobuf::Message;
 
 use crate::{
     containerd::{Containerd, deadline, delete, start, wait, wait_gone},
-    lifecycle::{kill, shut_down, try_shut_down},
+    lifecycle::{shut_down, try_shut_down},
     machine,
 };
 
-fn signal(pid: impl TryInto<i32>, signal: Signal) {
+pub fn signal(pid: impl TryInto<i32>, signal: Signal) {
     let pid = pid.try_into().ok().unwrap();
     send_signal(Pid::from_raw(pid), signal).unwrap();
 }
@@ -24,14 +24,7 @@ fn signal(pid: impl TryInto<i32>, signal: Signal) {
 async fn running(
     containerd: &Containerd,
 ) -> (containerd_shim_protos::shim_async::TaskClient, u32, i32) {
-    running_command(containerd, &["sleep"]).await
-}
-
-async fn running_command(
-    containerd: &Containerd,
-    command: &[&str],
-) -> (containerd_shim_protos::shim_async::TaskClient, u32, i32) {
-    containerd.add_bundle("c1", None, command);
+    containerd.add_bundle("c1", None, &["sleep"]);
     let (client, _) = containerd.start_shim("c1").await;
     client
         .create(deadline(), &containerd.create_request("c1"))
@@ -70,19 +63,6 @@ pub async fn vmm_killed() {
     shut_down(&client).await;
     containerd.assert_nothing_left("c1");
     assert!(containerd.topics().contains(&"/tasks/exit c1 137".into()));
-}
-
-pub async fn guest_stuck() {
-    let containerd = Containerd::new("normal").await;
-    let (client, anchor, _) = running_command(&containerd, &["sleep", "deaf"]).await;
-    let request = kill("c1", "", Signal::SIGKILL as u32);
-    client.kill(deadline(), &request).await.unwrap();
-    let exited = client.wait(deadline(), &wait("c1", "")).await.unwrap();
-    assert_eq!(exited.exit_status, 137);
-    wait_gone(anchor.try_into().unwrap());
-    client.delete(deadline(), &delete("c1", "")).await.unwrap();
-    shut_down(&client).await;
-    containerd.assert_nothing_left("c1");
 }
 
 pub async fn anchor_killed() {

@@ -1,16 +1,18 @@
 //! A VMM without a VM: it speaks the control protocol and serves the agent's API itself.
 //!
 //! What it does at boot is told by the file `scenario` beside it, and what its containers do by
-//! the arguments of their processes.
+//! the arguments of their processes. `hold` and a step's name, which is that of a request or of a call of
+//! the agent, let it answer there when the test says so.
 
 use std::{
     collections::HashMap,
     fs,
+    io::{Read, Write},
     os::{
         fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
         unix::net,
     },
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -30,7 +32,7 @@ use bulkhead_vmm_control::{
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::UnixStream,
+    net::{UnixStream, unix::pipe},
     sync::watch,
 };
 use ttrpc::{
@@ -40,6 +42,46 @@ use ttrpc::{
 };
 
 type Shares = Arc<Mutex<HashMap<String, OwnedFd>>>;
+
+/// FIFO that says to the test that the step is reached.
+pub const REACHED: &str = "reached";
+
+/// FIFO from which each answer to the step takes a byte first.
+pub const RELEASE: &str = "release";
+
+/// The step at which the fake waits for the test, if there is one.
+struct Steps {
+    held: Option<String>,
+    directory: PathBuf,
+}
+
+impl Steps {
+    /// Whether this step is the one; if so, the test is told.
+    fn is_held(&self, step: &str) -> bool {
+        let held = self.held.as_deref() == Some(step);
+        if held {
+            let reached = self.directory.join(REACHED);
+            let fifo = fs::File::options().write(true).open(reached);
+            fifo.unwrap().write_all(b"x").unwrap();
+        }
+        held
+    }
+
+    fn pass(&self, step: &str) {
+        if self.is_held(step) {
+            let mut release = fs::File::open(self.directory.join(RELEASE)).unwrap();
+            release.read_exact(&mut [0]).unwrap();
+        }
+    }
+
+    async fn pass_async(&self, step: &str) {
+        if self.is_held(step) {
+            let release = self.directory.join(RELEASE);
+            let mut release = pipe::OpenOptions::new().open_receiver(release).unwrap();
+            release.read_exact(&mut [0]).await.unwrap();
+        }
+    }
+}
 
 /// Runs the fake until the shim hangs up.
 pub fn main(executable: &str) {
@@ -57,6 +99,11 @@ pub fn main(executable: &str) {
     };
     assert!(matches!(message, Request::Boot(_)));
     assert_eq!(fds.len(), 3);
+    let steps = Arc::new(Steps {
+        held: scenario.strip_prefix("hold ").map(str::to_owned),
+        directory: Path::new(executable).parent().unwrap().to_owned(),
+    });
+    steps.pass("Boot");
     match scenario.trim() {
         "refuse" => {
             let reason = "Cannot allocate 512 MiB of guest memory: Cannot allocate memory";
@@ -88,9 +135,9 @@ pub fn main(executable: &str) {
         "slow" => {
             // Opens when the test opens the other end.
             fs::File::open(Path::new(executable).with_file_name("go")).unwrap();
-            serve(channel);
+            serve(channel, &steps);
         }
-        _ => serve(channel),
+        _ => serve(channel, &steps),
     }
 }
 
@@ -114,7 +161,7 @@ fn connect(channel: &Channel, port: u32) -> UnixStream {
     UnixStream::from_std(ours).unwrap()
 }
 
-fn serve(channel: Arc<Channel>) {
+fn serve(channel: Arc<Channel>, steps: &Arc<Steps>) {
     let shares = Shares::default();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -122,6 +169,7 @@ fn serve(channel: Arc<Channel>) {
         .build()
         .unwrap();
     reply(&channel, Reply::Done);
+    steps.pass("Connection");
     let _server = runtime.block_on(async {
         let stream = connect(&channel, AGENT_PORT);
         // Not a second one, and on no other port.
@@ -130,6 +178,7 @@ fn serve(channel: Arc<Channel>) {
         let agent = FakeAgent {
             channel: channel.clone(),
             shares: shares.clone(),
+            steps: steps.clone(),
             processes: Mutex::default(),
         };
         let connections = futures::StreamExt::chain(
@@ -143,6 +192,12 @@ fn serve(channel: Arc<Channel>) {
         server
     });
     while let Ok(Some(Packet { message, mut fds })) = channel.receive::<Request>() {
+        steps.pass(match message {
+            Request::Share { .. } => "Share",
+            Request::Unshare { .. } => "Unshare",
+            Request::Counters => "Counters",
+            Request::Boot(_) => "Boot",
+        });
         match message {
             Request::Share { name, .. } => {
                 shares.lock().unwrap().insert(name, fds.pop().unwrap());
@@ -172,6 +227,7 @@ struct Process {
 struct FakeAgent {
     channel: Arc<Channel>,
     shares: Shares,
+    steps: Arc<Steps>,
     processes: Mutex<HashMap<(String, String), Process>>,
 }
 
@@ -288,6 +344,7 @@ fn listing(root: i32) -> String {
 #[async_trait]
 impl Agent for FakeAgent {
     async fn info(&self, _: &TtrpcContext, _: InfoRequest) -> ttrpc::Result<InfoResponse> {
+        self.steps.pass_async("Info").await;
         Ok(InfoResponse {
             version: "fake".into(),
             // More than a line, as only a hostile guest says.
@@ -301,6 +358,7 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         request: CreateContainerRequest,
     ) -> ttrpc::Result<Empty> {
+        self.steps.pass_async("CreateContainer").await;
         let spec: serde_json::Value = serde_json::from_slice(&request.spec).unwrap();
         if spec["process"]["args"][0] == "unknown" {
             let message = "exec: \"unknown\": executable file not found in $PATH";
@@ -317,11 +375,13 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         request: ContainerRequest,
     ) -> ttrpc::Result<Empty> {
+        self.steps.pass_async("StartContainer").await;
         self.run(self.find(&request.container_id, "")?);
         Ok(Empty::new())
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<Empty> {
+        self.steps.pass_async("Exec").await;
         let init = self.find(&request.container_id, "")?;
         let process: serde_json::Value = serde_json::from_slice(&request.process).unwrap();
         if process["args"][0] == "unknown" {
@@ -334,7 +394,12 @@ impl Agent for FakeAgent {
     }
 
     async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
+        self.steps.pass_async("Wait").await;
         let process = self.find(&request.container_id, &request.exec_id)?;
+        if process.arguments == ["sleep", "lost"] {
+            // Its end is never told.
+            std::future::pending::<()>().await;
+        }
         let mut exit = process.exit.subscribe();
         let status = exit.wait_for(Option::is_some).await.unwrap().unwrap();
         if request.exec_id.is_empty() {
@@ -360,10 +425,14 @@ impl Agent for FakeAgent {
     }
 
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
+        self.steps.pass_async("Signal").await;
         let process = self.find(&request.container_id, &request.exec_id)?;
         if process.arguments == ["sleep", "deaf"] {
             // A guest that is stuck: no answer ever.
             std::future::pending::<()>().await;
+        }
+        if process.arguments == ["sleep", "undead"] {
+            return Ok(Empty::new());
         }
         process.exit.send_replace(Some(128 + request.signal));
         for stream in process.streams.iter().flatten() {
@@ -373,10 +442,12 @@ impl Agent for FakeAgent {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, _: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        self.steps.pass_async("ResizePty").await;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<Empty> {
+        self.steps.pass_async("Delete").await;
         self.processes
             .lock()
             .unwrap()
@@ -385,6 +456,7 @@ impl Agent for FakeAgent {
     }
 
     async fn stats(&self, _: &TtrpcContext, _: ContainerRequest) -> ttrpc::Result<StatsResponse> {
+        self.steps.pass_async("Stats").await;
         let mut stats = StatsResponse::default();
         stats.cpu.mut_or_insert_default().usage_usec = 42;
         Ok(stats)

@@ -39,13 +39,15 @@ pub fn kill(id: &str, exec_id: &str, signal: u32) -> KillRequest {
     }
 }
 
+/// The shim's PID.
+pub async fn connect(client: &TaskClient) -> u32 {
+    let connected = client.connect(deadline(), &ConnectRequest::default()).await;
+    connected.unwrap().shim_pid
+}
+
 /// Shuts a pod down that has no containers, and waits until its shim is gone.
 pub async fn shut_down(client: &TaskClient) {
-    let shim = client
-        .connect(deadline(), &ConnectRequest::default())
-        .await
-        .unwrap()
-        .shim_pid;
+    let shim = connect(client).await;
     try_shut_down(client).await;
     wait_gone(i32::try_from(shim).unwrap());
 }

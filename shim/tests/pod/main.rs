@@ -6,8 +6,10 @@ mod check;
 mod containerd;
 mod crashes;
 mod fake_vmm;
+mod faults;
 mod lifecycle;
 mod machine;
+mod stuck;
 
 use std::{future::Future, process::ExitCode};
 
@@ -27,6 +29,19 @@ fn main() -> ExitCode {
 }
 
 fn trials() -> Vec<Trial> {
+    let faults = faults::matrix().map(|fault| {
+        let name = format!("survived: {fault}");
+        trial(&name, move || faults::survive(fault))
+    });
+    let stuck = stuck::STUCK.iter().map(|stuck| {
+        let name = format!("never_answered: {}", stuck.step);
+        // Other builds have their deadlines in full.
+        trial(&name, || stuck::never_answered(stuck)).with_ignored_flag(!cfg!(debug_assertions))
+    });
+    single().into_iter().chain(stuck).chain(faults).collect()
+}
+
+fn single() -> Vec<Trial> {
     vec![
         trial("a_container_runs_to_its_exit", lifecycle::run_to_exit),
         trial("output_and_input_are_byte_exact", lifecycle::byte_exact),
@@ -42,7 +57,6 @@ fn trials() -> Vec<Trial> {
         ),
         trial("early_hooks_find_the_root", lifecycle::hooks),
         trial("a_killed_vmm_releases_everybody", crashes::vmm_killed),
-        trial("a_stuck_guest_is_killed_from_outside", crashes::guest_stuck),
         trial("a_killed_anchor_kills_its_process", crashes::anchor_killed),
         trial(
             "signals_to_an_anchor_are_passed_on",
@@ -52,6 +66,13 @@ fn trials() -> Vec<Trial> {
         trial("sigterm_ends_the_pod", crashes::shim_terminated),
         trial("an_abandoned_creation_ends_the_pod", crashes::abandoned),
         trial("boot_failures_are_told", crashes::boot_failures),
+        trial("sigkill_is_not_refused", stuck::disobedient),
+        trial(
+            "what_does_not_die_is_deleted",
+            stuck::undead_and_never_started,
+        ),
+        trial("a_lost_exec_ends_with_its_container", stuck::lost_exec),
+        trial("a_log_that_nobody_reads_stops_nobody", stuck::unread_log),
         trial("a_host_without_kvm_is_told", crashes::no_kvm),
         trial("a_check_tries_a_guest_and_leaves_nothing", check::boots),
         trial("a_check_tells_what_failed_and_the_fix", check::failures),
@@ -59,7 +80,7 @@ fn trials() -> Vec<Trial> {
     ]
 }
 
-fn trial<F: Future<Output = ()> + 'static>(name: &str, test: fn() -> F) -> Trial {
+fn trial<F: Future<Output = ()>>(name: &str, test: impl FnOnce() -> F + Send + 'static) -> Trial {
     Trial::test(name, move || {
         tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)

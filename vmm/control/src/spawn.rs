@@ -14,13 +14,24 @@ use std::{
     path::Path,
     process::ExitStatus,
     ptr,
+    time::{Duration, Instant},
 };
 
-use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::{SigSet, SigmaskHow, pthread_sigmask},
+};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
 /// `CLONE_INTO_CGROUP` of linux/sched.h, which libc gives a type that is too short for it.
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
+
+/// How long a process may take to execve(2).
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// How long one may take to end that was killed because it did not.
+const END_DEADLINE: Duration = Duration::from_secs(1);
 
 /// A process to be. Its environment is empty, and its signals are neither blocked nor ignored.
 #[derive(Debug)]
@@ -54,6 +65,20 @@ impl Spawn<'_> {
     /// `setup` runs in a copy of a process whose other threads are gone at whatever they were doing:
     /// it may make system calls, but not allocate or take a lock (signal-safety(7)).
     pub unsafe fn start(&self, setup: impl Fn() -> io::Result<()>) -> io::Result<Spawned> {
+        // SAFETY: the caller's promise.
+        unsafe { self.start_within(DEADLINE, setup) }
+    }
+
+    /// Likewise, with a deadline of its own.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Spawn::start`].
+    unsafe fn start_within(
+        &self,
+        deadline: Duration,
+        setup: impl Fn() -> io::Result<()>,
+    ) -> io::Result<Spawned> {
         let program = CString::new(self.program.as_os_str().as_bytes())?;
         let arguments = self
             .arguments
@@ -112,9 +137,16 @@ impl Spawn<'_> {
         // SAFETY: the kernel has just made it for this process.
         let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
         let spawned = Spawned { pid, pidfd };
+        // There is something to read, or execve(2) has closed the other end.
+        if let Err(error) = wait_readable(failure.as_fd(), deadline) {
+            spawned.kill()?;
+            // It is not waited for longer: who cannot execve(2) may be unable to die, too.
+            wait_readable(spawned.pidfd.as_fd(), END_DEADLINE)?;
+            spawned.wait()?;
+            return Err(error);
+        }
         let mut code = [0; 4];
         match failure.read_exact(&mut code) {
-            // execve(2) has closed the other end.
             Err(_) => Ok(spawned),
             Ok(()) => {
                 spawned.wait()?;
@@ -154,6 +186,20 @@ impl Spawn<'_> {
             return Err(io::Error::last_os_error());
         }
         Ok(())
+    }
+}
+
+fn wait_readable(fd: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
+    let end = Instant::now() + limit;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout) {
+            Ok(0) if left.is_zero() => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        }
     }
 }
 
@@ -241,6 +287,29 @@ mod tests {
         child.kill().unwrap();
         assert_eq!(child.wait().unwrap().signal(), Some(9));
         child.kill().unwrap();
+    }
+
+    #[test]
+    fn one_that_never_starts_is_ended() {
+        let (held, theirs) = io::pipe().unwrap();
+        let spawn = Spawn {
+            program: Path::new("/bin/true"),
+            arguments: &[OsStr::new("true")],
+            cgroup: None,
+            namespaces: 0,
+            descriptors: &[],
+        };
+        let wait = || {
+            // SAFETY: it takes no arguments.
+            unsafe { libc::pause() };
+            Ok(())
+        };
+        // SAFETY: only a system call.
+        let error = unsafe { spawn.start_within(Duration::from_millis(50), wait) }.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        // It is gone, with what it had inherited.
+        drop(theirs);
+        assert_eq!(io::read_to_string(held).unwrap(), "");
     }
 
     #[test]

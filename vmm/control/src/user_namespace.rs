@@ -12,11 +12,12 @@ use nix::{
     unistd::Pid,
 };
 use rustix::{
+    io::retry_on_intr,
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg,
         sockopt::{Timeout, set_socket_timeout},
     },
-    process::{WaitId, WaitIdOptions, waitid},
+    process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
 };
 use thiserror::Error;
 
@@ -124,8 +125,9 @@ pub fn namespace_with(users: &[IdMap], groups: &[IdMap]) -> Result<OwnedFd, User
             Ok(namespace)
         });
     drop(ours);
-    // It ends at once now. Who reaps all of this process's children may be quicker.
-    let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+    // It has no more to do. Who reaps all of this process's children may be quicker.
+    let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+    let _ = retry_on_intr(|| waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED));
     made
 }
 
@@ -145,8 +147,11 @@ fn receive(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0; 1];
-    let mut data = [io::IoSliceMut::new(&mut byte)];
-    recvmsg(socket, &mut data, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    // A receive with a deadline is not restarted after a signal (signal(7)), as of a child's end.
+    retry_on_intr(|| {
+        let mut data = [io::IoSliceMut::new(&mut byte)];
+        recvmsg(socket, &mut data, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+    })?;
     let mut messages = ancillary.drain();
     let received = messages.find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
@@ -224,6 +229,46 @@ mod tests {
             count: 10,
         };
         assert_eq!(range.map().to_string(), "0 1000 10");
+    }
+
+    #[test]
+    fn signals_disturb_nothing() {
+        use std::{
+            sync::atomic::{AtomicBool, Ordering},
+            thread,
+        };
+
+        use nix::sys::{
+            pthread::{pthread_kill, pthread_self},
+            signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
+        };
+
+        extern "C" fn nothing(_: libc::c_int) {}
+        let handler = SigHandler::Handler(nothing);
+        let action = SigAction::new(handler, SaFlags::empty(), SigSet::empty());
+        // SAFETY: the handler does nothing.
+        unsafe { sigaction(Signal::SIGUSR1, &action) }.unwrap();
+        let (disturbed, done) = (pthread_self(), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    pthread_kill(disturbed, Signal::SIGUSR1).unwrap();
+                    thread::yield_now();
+                }
+            });
+            let range = IdRange {
+                first: 5000,
+                count: 3,
+            }
+            .map();
+            let made: Vec<_> = (0..50)
+                .map(|_| namespace_with(&[range], &[range]))
+                .collect();
+            done.store(true, Ordering::Relaxed);
+            for namespace in made {
+                namespace.unwrap();
+            }
+        });
     }
 
     #[test]
