@@ -19,8 +19,11 @@ use tokio::{
 /// Streams that are waited for at a time.
 const MAX_EXPECTED: usize = 16;
 
-/// Steps of one run, each of which may leave a connection open.
+/// Steps of one run.
 const MAX_STEPS: usize = 256;
+
+/// Connections that a guest leaves open: more than may be without their token.
+const MAX_OPEN: usize = 100;
 
 /// More than a connection may take to send its token.
 const LONG: Duration = Duration::from_secs(61);
@@ -31,11 +34,12 @@ enum Step {
     Expect,
     /// Does not wait for it any longer.
     Forget(u8),
-    /// Dials.
+    /// Dials, once or more often.
     Dial {
         token: Token,
         payload: Vec<u8>,
         hang_up: bool,
+        more: u8,
     },
     /// Sends more on a connection that was dialled.
     Send { connection: u8, bytes: Vec<u8> },
@@ -107,7 +111,14 @@ impl Run {
                 token,
                 payload,
                 hang_up,
-            } => self.dial(&token, payload, hang_up).await,
+                more,
+            } => {
+                for _ in 0..=more {
+                    if self.dialled.len() < MAX_OPEN {
+                        self.dial(&token, &payload, hang_up).await;
+                    }
+                }
+            }
             Step::Send { connection, bytes } => {
                 let count = self.dialled.len().max(1);
                 let dialled = self.dialled.get_mut(usize::from(connection) % count);
@@ -141,7 +152,7 @@ impl Run {
         token.cloned().unwrap_or_default()
     }
 
-    async fn dial(&mut self, token: &Token, payload: Vec<u8>, hang_up: bool) {
+    async fn dial(&mut self, token: &Token, payload: &[u8], hang_up: bool) {
         let mut bytes = match token {
             Token::Known(index) => self.known(*index),
             Token::Part { known, length } => {
