@@ -13,7 +13,7 @@ use crate::{
     lifecycle::{code, exec, kill, shut_down, state},
 };
 
-async fn pause(client: &TaskClient, id: &str) -> ttrpc::Result<()> {
+pub async fn pause(client: &TaskClient, id: &str) -> ttrpc::Result<()> {
     let request = PauseRequest {
         id: id.into(),
         ..PauseRequest::default()
@@ -21,7 +21,7 @@ async fn pause(client: &TaskClient, id: &str) -> ttrpc::Result<()> {
     client.pause(deadline(), &request).await.map(drop)
 }
 
-async fn resume(client: &TaskClient, id: &str) -> ttrpc::Result<()> {
+pub async fn resume(client: &TaskClient, id: &str) -> ttrpc::Result<()> {
     let request = ResumeRequest {
         id: id.into(),
         ..ResumeRequest::default()
@@ -29,7 +29,7 @@ async fn resume(client: &TaskClient, id: &str) -> ttrpc::Result<()> {
     client.resume(deadline(), &request).await.map(drop)
 }
 
-async fn update(client: &TaskClient, id: &str, resources: &Value) -> ttrpc::Result<()> {
+pub async fn update(client: &TaskClient, id: &str, resources: &Value) -> ttrpc::Result<()> {
     let request = UpdateTaskRequest {
         id: id.into(),
         resources: MessageField::some(Any {

@@ -463,16 +463,19 @@ impl Agent for FakeAgent {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        self.steps.pass_async("Pause").await;
         self.find(&request.container_id, "")?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        self.steps.pass_async("Resume").await;
         self.find(&request.container_id, "")?;
         Ok(Empty::new())
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> ttrpc::Result<Empty> {
+        self.steps.pass_async("Update").await;
         self.find(&request.container_id, "")?;
         let resources: serde_json::Value = serde_json::from_slice(&request.resources).unwrap();
         if resources["pids"]["limit"] == 13 {
@@ -486,6 +489,7 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         request: OomRequest,
     ) -> ttrpc::Result<OomResponse> {
+        self.steps.pass_async("WaitForOom").await;
         let process = self.find(&request.container_id, "")?;
         let mut exit = process.exit.subscribe();
         exit.wait_for(Option::is_some).await.unwrap();

@@ -8,9 +8,11 @@ use containerd_shim_protos::{
     shim_async::TaskClient,
 };
 use nix::sys::signal::Signal;
+use serde_json::json;
 use tokio::time::timeout;
 
 use crate::{
+    adjust::{pause, resume, update},
     containerd::{Containerd, deadline, delete, start, wait},
     crashes::signal,
     lifecycle::{connect, exec, kill, shut_down, state},
@@ -33,7 +35,7 @@ pub struct Stuck {
 /// What follows when the guest's container was never created.
 const NEVER_CREATED: &[&str] = &["create: DEADLINE_EXCEEDED"];
 
-pub const STUCK: [Stuck; 14] = [
+pub const STUCK: [Stuck; 18] = [
     // Steps of the VMM.
     Stuck {
         step: "Boot",
@@ -91,6 +93,22 @@ pub const STUCK: [Stuck; 14] = [
     Stuck {
         step: "Stats",
         failing: &["stats: DEADLINE_EXCEEDED"],
+    },
+    Stuck {
+        step: "Update",
+        failing: &["update: DEADLINE_EXCEEDED"],
+    },
+    Stuck {
+        step: "Pause",
+        failing: &["pause: DEADLINE_EXCEEDED"],
+    },
+    Stuck {
+        step: "Resume",
+        failing: &["resume: DEADLINE_EXCEEDED"],
+    },
+    Stuck {
+        step: "WaitForOom",
+        failing: &[],
     },
 ];
 
@@ -178,6 +196,14 @@ async fn use_running(client: &TaskClient, calls: &mut Calls) {
     calls
         .made("stats", client.stats(deadline(), &request))
         .await;
+    calls.made("update", update(client, "c1", &json!({}))).await;
+    if calls.made("pause", pause(client, "c1")).await.is_some() {
+        let resumed = calls.made("resume", resume(client, "c1")).await;
+        if resumed.is_none() {
+            // It stays paused, and nothing can be executed in it.
+            return;
+        }
+    }
     let request = exec("c1", "e1", &["sleep"]);
     calls.made("exec", client.exec(deadline(), &request)).await;
     let request = start("c1", "e1");
