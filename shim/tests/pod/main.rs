@@ -7,6 +7,7 @@ mod crashes;
 mod fake_vmm;
 mod lifecycle;
 mod machine;
+mod mounted;
 
 use std::{future::Future, process::ExitCode};
 
@@ -34,6 +35,11 @@ fn trials() -> Vec<Trial> {
         trial("pods_are_shared_by_annotation", lifecycle::groups),
         trial("a_refused_container_leaves_nothing", lifecycle::refused),
         trial("early_hooks_find_the_root", lifecycle::hooks),
+        trial("a_mounted_root_shows_the_container", mounted::shown),
+        trial(
+            "a_mounted_root_is_uncovered_after_a_killed_shim",
+            mounted::shim_killed,
+        ),
         trial("a_killed_vmm_releases_everybody", crashes::vmm_killed),
         trial("a_stuck_guest_is_killed_from_outside", crashes::guest_stuck),
         trial("a_killed_anchor_kills_its_process", crashes::anchor_killed),

@@ -6,6 +6,7 @@ mod basic;
 mod check;
 mod configurations;
 mod crash;
+mod docker;
 mod escapes;
 mod failures;
 mod io;
@@ -106,6 +107,7 @@ pub fn all() -> Vec<Case> {
         apps::cases(),
         failures::cases(),
         crash::cases(),
+        docker::cases(),
     ]
     .into_iter()
     .flatten()
