@@ -16,7 +16,7 @@ use thiserror::Error;
 
 use crate::{
     address::Address, args::Arguments, cgroup, child::KILLED, config::Config, errors::timestamp,
-    mounts::unmount_all, options::Options, rootfs, spec::Spec, state, view,
+    mounts::unmount_all, options::Options, overlay::Overlay, rootfs, spec::Spec, state, view,
 };
 
 /// How long killed processes may take to end. containerd gives the whole command five seconds.
@@ -72,6 +72,9 @@ fn clean(arguments: &Arguments, bundle: &Path) {
         && root.path.is_absolute()
     {
         view::take_away(&root.path);
+        if let Ok(Some(overlay)) = Overlay::at(&root.path) {
+            overlay.clean_up();
+        }
     }
     let config = Config::of_pod(&Options::kept(bundle)).unwrap_or_default();
     state::remove(&state::path(

@@ -9,6 +9,7 @@ mod fake_vmm;
 mod faults;
 mod lifecycle;
 mod machine;
+mod mounted;
 mod stuck;
 
 use std::{future::Future, process::ExitCode};
@@ -56,6 +57,11 @@ fn single() -> Vec<Trial> {
             adjust::out_of_memory,
         ),
         trial("early_hooks_find_the_root", lifecycle::hooks),
+        trial("a_mounted_root_shows_the_container", mounted::shown),
+        trial(
+            "a_mounted_root_is_uncovered_after_a_killed_shim",
+            mounted::shim_killed,
+        ),
         trial("a_killed_vmm_releases_everybody", crashes::vmm_killed),
         trial("a_killed_anchor_kills_its_process", crashes::anchor_killed),
         trial(

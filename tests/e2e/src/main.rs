@@ -10,6 +10,7 @@ mod command;
 mod configurations;
 mod ctr;
 mod differences;
+mod docker;
 mod harness;
 mod host;
 mod pattern;

@@ -39,7 +39,7 @@ const TREES: [&str; 4] = [
 
 /// What stays by design: the record of kernels that were checked, the file of claimed ids, and the
 /// parents that containerd and runc make once for each of containerd's namespaces.
-const STAYS: [&str; 10] = [
+const STAYS: [&str; 12] = [
     "/run/bulkhead",
     "/run/bulkhead/ids",
     "/run/bulkhead/verified.json",
@@ -48,7 +48,9 @@ const STAYS: [&str; 10] = [
     "/run/containerd/fifo",
     "/run/containerd/s",
     "/run/containerd/io.containerd.runtime.v2.task/default",
+    "/run/containerd/io.containerd.runtime.v2.task/moby",
     "/var/lib/containerd/io.containerd.runtime.v2.task/default",
+    "/var/lib/containerd/io.containerd.runtime.v2.task/moby",
     "/sys/fs/cgroup/default",
 ];
 

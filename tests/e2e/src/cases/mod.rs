@@ -7,6 +7,7 @@ mod basic;
 mod check;
 mod configurations;
 mod crash;
+mod docker;
 mod escapes;
 mod events;
 mod failures;
@@ -112,6 +113,7 @@ pub fn all() -> Vec<Case> {
         apps::cases(),
         failures::cases(),
         crash::cases(),
+        docker::cases(),
     ]
     .into_iter()
     .flatten()

@@ -1,0 +1,178 @@
+//! Driving Docker, as a user does: a daemon of the test's own, which ends with everything of it.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::{Signal, kill_process};
+
+use crate::command::{DEADLINE, Finished, Input, Running};
+use crate::ctr::{self, ctr};
+
+/// The image in every daemon.
+pub const BUSYBOX: &str = "busybox";
+
+/// The parent of its containers' cgroups, which the daemon leaves.
+const CGROUP: &str = "/sys/fs/cgroup/docker";
+
+/// A daemon with the image of busybox alone. It ends with [`Docker::end`].
+pub struct Docker {
+    runtime: String,
+    home: PathBuf,
+    data: PathBuf,
+    flags: Vec<&'static str>,
+    daemon: Option<Running>,
+}
+
+impl Docker {
+    /// Starts a daemon whose containers have this runtime.
+    pub fn start(runtime: &str, flags: &[&'static str]) -> Result<Self> {
+        Self::start_in(runtime, flags, "data")
+    }
+
+    /// As [`Docker::start`], with a name for the directory that its layers are in.
+    pub fn start_in(runtime: &str, flags: &[&'static str], data: &str) -> Result<Self> {
+        // Not in memory: Docker's layers need a disk below them.
+        let home = PathBuf::from(format!("/var/tmp/e2e-docker-{}", std::process::id()));
+        fs::create_dir(&home).with_context(|| format!("cannot create {}", home.display()))?;
+        let mut docker = Self {
+            runtime: runtime.to_owned(),
+            data: home.join(data),
+            home,
+            flags: flags.to_vec(),
+            daemon: None,
+        };
+        docker.resume()?;
+        let archive = docker.file("busybox.tar");
+        ctr(&["image", "export", &archive, ctr::BUSYBOX])?.succeeds()?;
+        docker.docker(&["load", "-i", &archive])?.succeeds()?;
+        Ok(docker)
+    }
+
+    /// Starts a daemon that was killed.
+    pub fn resume(&mut self) -> Result<()> {
+        let mut command = Command::new("dockerd");
+        command
+            .args([
+                "--containerd=/run/containerd/containerd.sock",
+                "--iptables=false",
+                "--ip6tables=false",
+                "--bridge=none",
+            ])
+            .arg(format!("--host={}", self.host()))
+            .arg(format!("--data-root={}", self.data.display()))
+            .arg(format!("--exec-root={}", self.file("exec")))
+            .arg(format!("--pidfile={}", self.file("pid")))
+            .args(&self.flags);
+        let daemon = Running::spawn(command, Input::Null)?;
+        daemon.stderr.expect("API listen on", DEADLINE)?;
+        self.daemon = Some(daemon);
+        Ok(())
+    }
+
+    /// Kills the daemon.
+    pub fn kill(&mut self) -> Result<()> {
+        let daemon = self.daemon.take().context("the daemon does not run")?;
+        kill_process(daemon.pid(), Signal::KILL)?;
+        daemon.finish()?.exits_with(137)?;
+        Ok(())
+    }
+
+    /// Ends the daemon and its containers. What it kept is removed.
+    pub fn end(mut self) -> Result<()> {
+        let removed = self.remove_containers();
+        let ended = self.stop();
+        removed?;
+        ended?;
+        let left = ctr(&["--namespace", "moby", "container", "ls", "-q"])?.succeeds()?;
+        ensure!(left.is_empty(), "containerd has containers left: {left}");
+        Ok(())
+    }
+
+    fn remove_containers(&self) -> Result<()> {
+        let ids = self.docker(&["ps", "-aq"])?.succeeds()?;
+        let ids: Vec<&str> = ids.split_whitespace().collect();
+        if !ids.is_empty() {
+            self.docker(&[&["rm", "-f"], &*ids].concat())?.succeeds()?;
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        if let Some(daemon) = self.daemon.take() {
+            kill_process(daemon.pid(), Signal::TERM)?;
+            daemon.finish()?.exits_with(0)?;
+        }
+        if Path::new(CGROUP).exists() {
+            fs::remove_dir(CGROUP).with_context(|| format!("cannot remove {CGROUP}"))?;
+        }
+        fs::remove_dir_all(&self.home)
+            .with_context(|| format!("cannot remove {}", self.home.display()))
+    }
+
+    fn host(&self) -> String {
+        format!("unix://{}", self.file("socket"))
+    }
+
+    /// A file in the daemon's directory.
+    pub fn file(&self, name: &str) -> String {
+        self.home.join(name).display().to_string()
+    }
+
+    /// A file in the daemon's directory with this content.
+    pub fn write(&self, name: &str, content: &str) -> Result<String> {
+        let path = self.file(name);
+        fs::write(&path, content).with_context(|| format!("cannot write {path}"))?;
+        Ok(path)
+    }
+
+    /// The `docker` command with these arguments.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("docker");
+        command.args(["--host", &self.host()]).args(arguments);
+        command
+    }
+
+    /// Starts `docker` with these arguments.
+    pub fn spawn(&self, arguments: &[&str], input: Input) -> Result<Running> {
+        Running::spawn(self.command(arguments), input)
+    }
+
+    /// Runs `docker` with these arguments to its end, whatever its exit code.
+    pub fn docker(&self, arguments: &[&str]) -> Result<Finished> {
+        self.spawn(arguments, Input::Null)?.finish()
+    }
+
+    /// The arguments of `docker run` for this command in busybox.
+    pub fn run<'a>(&'a self, flags: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
+        let first = ["run", "--runtime", &self.runtime, "--network", "none"];
+        [&first[..], flags, &[BUSYBOX], command].concat()
+    }
+
+    /// `docker inspect` of one thing.
+    pub fn inspect(&self, name: &str, format: &str) -> Result<String> {
+        let said = self
+            .docker(&["inspect", "--format", format, name])?
+            .succeeds()?;
+        Ok(said.trim_end().to_owned())
+    }
+
+    /// What the daemon has mounted of its own layers and what covers it.
+    pub fn mounts(&self) -> Result<Vec<String>> {
+        let table = std::io::read_to_string(File::open("/proc/self/mountinfo")?)?;
+        let home = self.home.display().to_string();
+        let lines = table.lines().filter(|line| line.contains(&home));
+        Ok(lines.map(str::to_owned).collect())
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        if self.daemon.is_some() {
+            // After a failure, which says more than another one here.
+            let _ = self.remove_containers();
+            let _ = self.stop();
+        }
+    }
+}
