@@ -32,6 +32,11 @@ pub fn cases() -> Vec<Case> {
             live_restore,
         )
         .long(),
+        case(
+            "docker pauses and limits a container, and tells that it ran out of memory",
+            limits,
+        )
+        .long(),
     ]
 }
 
@@ -341,5 +346,53 @@ fn live_restore(setting: &Setting) -> Result<()> {
         .succeeds()?;
     let state = docker.inspect("box", "{{.State.Status}} {{.State.ExitCode}}")?;
     ensure!(state == "exited 5", "{state}");
+    docker.end()
+}
+
+fn limits(setting: &Setting) -> Result<()> {
+    let docker = Docker::start(&setting.runtime, &[])?;
+    let script = "while :; do i=$((i+1)); echo $i > /new; mv /new /count; done";
+    let flags = ["-d", "--name", "box", "--memory", "64m"];
+    docker
+        .docker(&docker.run(&flags, &["sh", "-c", script]))?
+        .succeeds()?;
+    let exec = |script: &str| {
+        docker
+            .docker(&["exec", "box", "sh", "-c", script])?
+            .succeeds()
+    };
+    let counts = "until test -e /count; do :; done; old=$(cat /count); \
+                  until test $(cat /count) -gt $old; do :; done";
+    exec(counts)?;
+    docker.docker(&["pause", "box"])?.succeeds()?;
+    let status = docker.inspect("box", "{{.State.Status}} {{.State.Paused}}")?;
+    ensure!(status == "paused true", "{status}");
+    let count = || docker.docker(&["cp", "box:/count", "-"])?.succeeds();
+    let (first, second) = (count()?, count()?);
+    ensure!(first == second, "it runs: {first} {second}");
+    docker.docker(&["unpause", "box"])?.succeeds()?;
+    exec(counts)?;
+
+    let update = [
+        "update",
+        "--memory",
+        "32m",
+        "--memory-swap",
+        "32m",
+        "--pids-limit",
+        "40",
+        "box",
+    ];
+    docker.docker(&update)?.succeeds()?;
+    let limits = exec("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max")?;
+    ensure!(limits == "33554432\n40\n", "{limits}");
+    docker.docker(&["rm", "-f", "box"])?.succeeds()?;
+
+    let flags = ["--name", "eater", "--memory", "16m"];
+    docker
+        .docker(&docker.run(&flags, &["tail", "/dev/zero"]))?
+        .exits_with(137)?;
+    let state = docker.inspect("eater", "{{.State.OOMKilled}} {{.State.ExitCode}}")?;
+    ensure!(state == "true 137", "{state}");
     docker.end()
 }
