@@ -1,20 +1,27 @@
 //! Driving Docker, as a user does: a daemon of the test's own, which ends with everything of it.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Signal, kill_process};
 
 use crate::command::{DEADLINE, Finished, Input, Running};
 use crate::ctr::{self, ctr};
+use crate::host;
 
 /// The image in every daemon.
 pub const BUSYBOX: &str = "busybox";
 
 /// The parent of its containers' cgroups, which the daemon leaves.
 const CGROUP: &str = "/sys/fs/cgroup/docker";
+
+/// How long the path of the directory of layers is, so that the options of a container's overlay are
+/// more than a page, and those of the overlay that the daemon tries at its start less: each names four
+/// directories below it, and the container's have the longer names.
+const DEEP: usize = 975;
 
 /// A daemon with the image of busybox alone. It ends with [`Docker::end`].
 pub struct Docker {
@@ -28,17 +35,31 @@ pub struct Docker {
 impl Docker {
     /// Starts a daemon whose containers have this runtime.
     pub fn start(runtime: &str, flags: &[&'static str]) -> Result<Self> {
-        Self::start_in(runtime, flags, "data")
+        Self::start_in(runtime, flags, |home| home.join("data"))
     }
 
-    /// As [`Docker::start`], with a name for the directory that its layers are in.
-    pub fn start_in(runtime: &str, flags: &[&'static str], data: &str) -> Result<Self> {
+    /// As [`Docker::start`], in a directory whose name is so long that the daemon names a container's
+    /// layers relative to it, and not so long that it gives up overlays.
+    pub fn start_deep(runtime: &str, flags: &[&'static str]) -> Result<Self> {
+        Self::start_in(runtime, flags, |home| {
+            let home = home.display().to_string();
+            let missing = DEEP - home.len() - "/overlay2".len();
+            let names = (0..missing).map(|at| if at % 200 == 0 { '/' } else { 'd' });
+            PathBuf::from(home + &names.collect::<String>())
+        })
+    }
+
+    fn start_in(
+        runtime: &str,
+        flags: &[&'static str],
+        data: impl FnOnce(&Path) -> PathBuf,
+    ) -> Result<Self> {
         // Not in memory: Docker's layers need a disk below them.
         let home = PathBuf::from(format!("/var/tmp/e2e-docker-{}", std::process::id()));
         fs::create_dir(&home).with_context(|| format!("cannot create {}", home.display()))?;
         let mut docker = Self {
             runtime: runtime.to_owned(),
-            data: home.join(data),
+            data: data(&home),
             home,
             flags: flags.to_vec(),
             daemon: None,
@@ -107,6 +128,10 @@ impl Docker {
         if Path::new(CGROUP).exists() {
             fs::remove_dir(CGROUP).with_context(|| format!("cannot remove {CGROUP}"))?;
         }
+        // A killed daemon's mount of its directory on itself stays, and the next one's is not made.
+        if self.mounted_at(&self.data)? {
+            unmount(&self.data, UnmountFlags::NOFOLLOW).context("cannot unmount the data")?;
+        }
         fs::remove_dir_all(&self.home)
             .with_context(|| format!("cannot remove {}", self.home.display()))
     }
@@ -158,12 +183,28 @@ impl Docker {
         Ok(said.trim_end().to_owned())
     }
 
-    /// What the daemon has mounted of its own layers and what covers it.
-    pub fn mounts(&self) -> Result<Vec<String>> {
-        let table = std::io::read_to_string(File::open("/proc/self/mountinfo")?)?;
+    /// Whether something is mounted right there.
+    fn mounted_at(&self, path: &Path) -> Result<bool> {
+        let mounts = self.mounts()?;
+        let path = path.display().to_string();
+        Ok(mounts
+            .iter()
+            .any(|mount| mount.split(' ').nth(4) == Some(&path)))
+    }
+
+    /// What is mounted below the daemon's directory, as lines of mountinfo.
+    fn mounts(&self) -> Result<Vec<String>> {
+        let table = host::read(Path::new("/proc/self/mountinfo"))?;
         let home = self.home.display().to_string();
         let lines = table.lines().filter(|line| line.contains(&home));
         Ok(lines.map(str::to_owned).collect())
+    }
+
+    /// What is mounted as a container's root, as lines of mountinfo.
+    pub fn roots(&self) -> Result<Vec<String>> {
+        let mut mounts = self.mounts()?;
+        mounts.retain(|mount| mount.contains("/merged "));
+        Ok(mounts)
     }
 }
 

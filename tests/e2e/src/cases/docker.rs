@@ -32,6 +32,11 @@ pub fn cases() -> Vec<Case> {
             live_restore,
         )
         .long(),
+        case(
+            "docker pauses and limits a container, and tells that it ran out of memory",
+            limits,
+        )
+        .long(),
     ]
 }
 
@@ -58,9 +63,18 @@ fn run(setting: &Setting) -> Result<()> {
     let mut terminal = Terminal::spawn(command, 20, 70)?;
     terminal.type_in(&asking_for("20 70"))?;
     terminal.expect("20 70-found")?;
-    terminal.resize(50, 130)?;
     terminal.type_in(&asking_for("50 130"))?;
-    terminal.expect("50 130-found")?;
+    // Docker does not say from when on it hears of a new size.
+    for attempt in 1..=30 {
+        terminal.resize(50, 130)?;
+        let found = terminal
+            .screen
+            .expect("50 130-found", Duration::from_secs(3));
+        if attempt == 30 || found.is_ok() {
+            found?;
+            break;
+        }
+    }
     terminal.type_in("exit 4\n")?;
     let code = terminal.finish()?;
     ensure!(code == 4, "exit code {code}");
@@ -130,7 +144,7 @@ fn life(setting: &Setting) -> Result<()> {
         "-d",
         "-i",
         "--name",
-        "c",
+        "box",
         "--health-cmd",
         "test -e /healthy",
         "--health-interval",
@@ -141,35 +155,35 @@ fn life(setting: &Setting) -> Result<()> {
     docker
         .docker(&docker.run(&flags, &["sh", "-c", TALK]))?
         .succeeds()?;
-    let follower = docker.spawn(&["logs", "-f", "c"], Input::Null)?;
+    let follower = docker.spawn(&["logs", "-f", "box"], Input::Null)?;
     follower.expect("begun\n")?;
-    let mut client = docker.spawn(&["attach", "c"], Input::Open)?;
+    let mut client = docker.spawn(&["attach", "box"], Input::Open)?;
     client.write(b"first\n")?;
     client.expect("got first\n")?;
     follower.expect("got first\n")?;
     drop(client);
 
     let script = "echo out; echo err >&2; id -u; pwd; exit 9";
-    let exec = ["exec", "-u", "12", "-w", "/tmp", "c", "sh", "-c", script];
+    let exec = ["exec", "-u", "12", "-w", "/tmp", "box", "sh", "-c", script];
     let done = docker.docker(&exec)?.exits_with(9)?;
     ensure!(
         done.out() == "out\n12\n/tmp\n" && done.err() == "err\n",
         "{done}"
     );
     docker
-        .docker(&["exec", "c", "touch", "/healthy"])?
+        .docker(&["exec", "box", "touch", "/healthy"])?
         .succeeds()?;
     events.stdout.expect("health_status: healthy", DEADLINE)?;
 
-    let pid = docker.inspect("c", "{{.State.Pid}}")?;
-    let table = docker.docker(&["top", "c", "-o", "pid"])?.succeeds()?;
+    let pid = docker.inspect("box", "{{.State.Pid}}")?;
+    let table = docker.docker(&["top", "box", "-o", "pid"])?.succeeds()?;
     ensure!(
         table.lines().any(|line| line.trim() == pid),
         "{pid}: {table}"
     );
     let format = "{{.PIDs}} {{.MemUsage}}";
     let said = docker
-        .docker(&["stats", "--no-stream", "--format", format, "c"])?
+        .docker(&["stats", "--no-stream", "--format", format, "box"])?
         .succeeds()?;
     let pids = said.split(' ').next().unwrap_or_default();
     ensure!(
@@ -177,10 +191,10 @@ fn life(setting: &Setting) -> Result<()> {
         "{said}"
     );
 
-    docker.docker(&["stop", "c"])?.succeeds()?;
+    docker.docker(&["stop", "box"])?.succeeds()?;
     let logged = follower.finish()?.succeeds()?;
     ensure!(logged == "begun\ngot first\n", "{logged}");
-    let state: Value = serde_json::from_str(&docker.inspect("c", "{{json .State}}")?)?;
+    let state: Value = serde_json::from_str(&docker.inspect("box", "{{json .State}}")?)?;
     for (field, expected) in [
         ("Status", Value::from("exited")),
         ("Running", false.into()),
@@ -192,17 +206,15 @@ fn life(setting: &Setting) -> Result<()> {
     ] {
         ensure!(state[field] == expected, "{field} in {state}");
     }
-    docker.docker(&["restart", "c"])?.succeeds()?;
+    docker.docker(&["restart", "box"])?.succeeds()?;
     // What it had written is there again.
     docker
-        .docker(&["exec", "c", "test", "-e", "/healthy"])?
+        .docker(&["exec", "box", "test", "-e", "/healthy"])?
         .succeeds()?;
-    let waiting = docker.spawn(&["wait", "c"], Input::Null)?;
-    docker.docker(&["kill", "c"])?.succeeds()?;
+    let waiting = docker.spawn(&["wait", "box"], Input::Null)?;
+    docker.docker(&["kill", "box"])?.succeeds()?;
     let code = waiting.finish()?.succeeds()?;
     ensure!(code == "137\n", "{code}");
-    docker.docker(&["start", "c"])?.succeeds()?;
-    docker.docker(&["rm", "-f", "c"])?.succeeds()?;
 
     let flags = ["-d", "--name", "again", "--restart", "on-failure:1"];
     let events = docker.spawn(
@@ -234,47 +246,50 @@ const fn format_of_ends() -> &'static str {
 fn files(setting: &Setting) -> Result<()> {
     let docker = Docker::start(&setting.runtime, &[])?;
     docker
-        .docker(&docker.run(&["-d", "--name", "c"], &["sleep", "1000"]))?
+        .docker(&docker.run(&["-d", "--name", "box"], &["sleep", "1000"]))?
         .succeeds()?;
     let exec = |script: &str| {
         docker
-            .docker(&["exec", "c", "sh", "-c", script])?
+            .docker(&["exec", "box", "sh", "-c", script])?
             .succeeds()
     };
 
     // A name that Docker has looked for in vain, then a file, then another in its place.
     let copy = docker.file("copy");
-    let missing = docker.docker(&["cp", "c:/made", &copy])?;
+    let missing = docker.docker(&["cp", "box:/made", &copy])?;
     ensure!(missing.code() == 1, "{missing}");
     for content in ["first", "second"] {
         exec(&format!(
             "echo {content} > /new && chown 7:8 /new && mv /new /made"
         ))?;
-        docker
-            .docker(&["cp", "--archive", "c:/made", &copy])?
-            .succeeds()?;
-        let found = fs::read_to_string(&copy)?;
-        ensure!(found == format!("{content}\n"), "{found}");
-        let owner = fs::metadata(&copy)?;
-        ensure!((owner.uid(), owner.gid()) == (7, 8), "{owner:?}");
-        fs::remove_file(&copy)?;
+        let archive = docker.docker(&["cp", "box:/made", "-"])?.exits_with(0)?;
+        let mut archive = tar::Archive::new(archive.stdout.as_slice());
+        let mut entry = archive.entries()?.next().context("an empty archive")??;
+        let owner = (entry.header().uid()?, entry.header().gid()?);
+        let found = std::io::read_to_string(&mut entry)?;
+        ensure!(
+            found == format!("{content}\n") && owner == (7, 8),
+            "{owner:?} {found}"
+        );
     }
 
     // The other way, new and over a file of the image that the container has read.
     exec("test ! -e /given; cat /etc/group > /dev/null")?;
     let given = docker.write("given", "from the host\n")?;
-    docker.docker(&["cp", &given, "c:/given"])?.succeeds()?;
-    docker.docker(&["cp", &given, "c:/etc/group"])?.succeeds()?;
+    docker.docker(&["cp", &given, "box:/given"])?.succeeds()?;
+    docker
+        .docker(&["cp", &given, "box:/etc/group"])?
+        .succeeds()?;
     let seen = exec("cat /given /etc/group; stat -c '%u %g' /given")?;
     ensure!(seen == "from the host\nfrom the host\n0 0\n", "{seen}");
 
     // A user that Docker did not find when the container started.
     exec("echo joe:x:77:78::/:/bin/sh >> /etc/passwd")?;
-    let user = docker.docker(&["exec", "-u", "joe", "c", "id", "-u"])?;
+    let user = docker.docker(&["exec", "-u", "joe", "box", "id", "-u"])?;
     let user = user.succeeds()?;
     ensure!(user == "77\n", "{user}");
 
-    let difference = docker.docker(&["diff", "c"])?.succeeds()?;
+    let difference = docker.docker(&["diff", "box"])?.succeeds()?;
     let mut lines: Vec<&str> = difference.lines().collect();
     lines.sort_unstable();
     let expected = [
@@ -285,54 +300,99 @@ fn files(setting: &Setting) -> Result<()> {
         "C /etc/passwd",
     ];
     ensure!(lines == expected, "{difference}");
-    docker.docker(&["commit", "c", "committed"])?.succeeds()?;
-    docker.docker(&["rm", "-f", "c"])?.succeeds()?;
+    docker.docker(&["commit", "box", "committed"])?.succeeds()?;
+    docker.docker(&["rm", "-f", "box"])?.succeeds()?;
     let mut again = docker.run(&["--rm"], &[]);
     again.pop();
     again.extend(["committed", "cat", "/made", "/given"]);
     let said = docker.docker(&again)?.succeeds()?;
     ensure!(said == "second\nfrom the host\n", "{said}");
-    let mounts = docker.mounts()?;
+    let mounts = docker.roots()?;
     ensure!(mounts.is_empty(), "{mounts:#?}");
     docker.end()
 }
 
 fn live_restore(setting: &Setting) -> Result<()> {
-    // So long that Docker names the layers relative to its directory.
-    let part = "long".repeat(60);
-    let data = [part.as_str(); 5].join("/");
-    let mut docker = Docker::start_in(&setting.runtime, &["--live-restore"], &data)?;
+    let mut docker = Docker::start_deep(&setting.runtime, &["--live-restore"])?;
     docker
-        .docker(&docker.run(&["-d", "--name", "c"], &["sh", "-c", TALK]))?
+        .docker(&docker.run(&["-d", "--name", "box"], &["sh", "-c", TALK]))?
         .succeeds()?;
-    let relative = docker.mounts()?;
+    let relative = docker.roots()?;
     ensure!(
         relative.iter().any(|mount| mount.contains("lowerdir=l/")),
         "the layers are not relative: {relative:#?}"
     );
     docker
-        .docker(&["exec", "c", "sh", "-c", "echo before > /file"])?
+        .docker(&["exec", "box", "sh", "-c", "echo before > /file"])?
         .succeeds()?;
-    let pid = docker.inspect("c", "{{.State.Pid}}")?;
+    let pid = docker.inspect("box", "{{.State.Pid}}")?;
     docker.kill()?;
     docker.resume()?;
-    let state = docker.inspect("c", "{{.State.Status}} {{.State.Pid}}")?;
+    let state = docker.inspect("box", "{{.State.Status}} {{.State.Pid}}")?;
     ensure!(state == format!("running {pid}"), "{state}");
     // /etc/group has not been copied up yet, /file is there already.
     let script = "cat /file; echo after >> /etc/group; rm /file; echo new > /new; cat /new";
     let said = docker
-        .docker(&["exec", "c", "sh", "-c", script])?
+        .docker(&["exec", "box", "sh", "-c", script])?
         .succeeds()?;
     ensure!(said == "before\nnew\n", "{said}");
     let copy = docker.file("copy");
-    docker.docker(&["cp", "c:/new", &copy])?.succeeds()?;
+    docker.docker(&["cp", "box:/new", &copy])?.succeeds()?;
     let found = fs::read_to_string(&copy).context("the copy")?;
     ensure!(found == "new\n", "{found}");
-    let stopping = docker.spawn(&["stop", "c"], Input::Null)?;
+    let stopping = docker.spawn(&["stop", "box"], Input::Null)?;
     stopping
         .finish_within(Duration::from_secs(60))?
         .succeeds()?;
-    let state = docker.inspect("c", "{{.State.Status}} {{.State.ExitCode}}")?;
+    let state = docker.inspect("box", "{{.State.Status}} {{.State.ExitCode}}")?;
     ensure!(state == "exited 5", "{state}");
+    docker.end()
+}
+
+fn limits(setting: &Setting) -> Result<()> {
+    let docker = Docker::start(&setting.runtime, &[])?;
+    let script = "while :; do i=$((i+1)); echo $i > /new; mv /new /count; done";
+    let flags = ["-d", "--name", "box", "--memory", "64m"];
+    docker
+        .docker(&docker.run(&flags, &["sh", "-c", script]))?
+        .succeeds()?;
+    let exec = |script: &str| {
+        docker
+            .docker(&["exec", "box", "sh", "-c", script])?
+            .succeeds()
+    };
+    let counts = "until test -e /count; do :; done; old=$(cat /count); \
+                  until test $(cat /count) -gt $old; do :; done";
+    exec(counts)?;
+    docker.docker(&["pause", "box"])?.succeeds()?;
+    let status = docker.inspect("box", "{{.State.Status}} {{.State.Paused}}")?;
+    ensure!(status == "paused true", "{status}");
+    let count = || docker.docker(&["cp", "box:/count", "-"])?.succeeds();
+    let (first, second) = (count()?, count()?);
+    ensure!(first == second, "it runs: {first} {second}");
+    docker.docker(&["unpause", "box"])?.succeeds()?;
+    exec(counts)?;
+
+    let update = [
+        "update",
+        "--memory",
+        "32m",
+        "--memory-swap",
+        "32m",
+        "--pids-limit",
+        "40",
+        "box",
+    ];
+    docker.docker(&update)?.succeeds()?;
+    let limits = exec("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max")?;
+    ensure!(limits == "33554432\n40\n", "{limits}");
+    docker.docker(&["rm", "-f", "box"])?.succeeds()?;
+
+    let flags = ["--name", "eater", "--memory", "16m"];
+    docker
+        .docker(&docker.run(&flags, &["tail", "/dev/zero"]))?
+        .exits_with(137)?;
+    let state = docker.inspect("eater", "{{.State.OOMKilled}} {{.State.ExitCode}}")?;
+    ensure!(state == "true 137", "{state}");
     docker.end()
 }
