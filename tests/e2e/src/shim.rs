@@ -9,8 +9,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::Client;
 use containerd_shim_protos::api::{
-    CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, StartRequest,
-    UpdateTaskRequest, WaitRequest, WaitResponse,
+    CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest,
+    ResumeRequest, StartRequest, StateRequest, StatsRequest, UpdateTaskRequest, WaitRequest,
+    WaitResponse,
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
@@ -65,6 +66,39 @@ impl Shim {
         Ok(self.process(id, "", streams))
     }
 
+    /// Starts another process in a container. `directory` is where its streams are to be.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`] when the shim refuses it.
+    pub fn exec(
+        &self,
+        id: &str,
+        directory: &Path,
+        exec_id: &str,
+        process: &Value,
+    ) -> Result<Process<'_>> {
+        let streams = Streams::new(directory, exec_id)?;
+        let spec = Any {
+            type_url: PROCESS.into(),
+            value: serde_json::to_vec(process)?,
+            ..Any::default()
+        };
+        let request = ExecProcessRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            stdin: streams.name(0)?,
+            stdout: streams.name(1)?,
+            stderr: streams.name(2)?,
+            spec: MessageField::some(spec),
+            ..ExecProcessRequest::default()
+        };
+        self.call("Exec", &request)?;
+        let mut process = self.process(id, exec_id, streams);
+        process.start()?;
+        Ok(process)
+    }
+
     /// Changes limits of a container, by an OCI `linux.resources` object.
     pub fn update(&self, id: &str, resources: &Value) -> Result<()> {
         let request = UpdateTaskRequest {
@@ -77,6 +111,43 @@ impl Shim {
             ..UpdateTaskRequest::default()
         };
         self.call("Update", &request).map(drop)
+    }
+
+    /// Stops every process of a container.
+    pub fn pause(&self, id: &str) -> Result<()> {
+        let request = PauseRequest {
+            id: id.to_owned(),
+            ..PauseRequest::default()
+        };
+        self.call("Pause", &request).map(drop)
+    }
+
+    /// Lets them go on.
+    pub fn resume(&self, id: &str) -> Result<()> {
+        let request = ResumeRequest {
+            id: id.to_owned(),
+            ..ResumeRequest::default()
+        };
+        self.call("Resume", &request).map(drop)
+    }
+
+    /// Asks what a container uses, where it is in its life, and for its processes.
+    pub fn look(&self, id: &str) -> Result<()> {
+        let stats = StatsRequest {
+            id: id.to_owned(),
+            ..StatsRequest::default()
+        };
+        self.call("Stats", &stats)?;
+        let state = StateRequest {
+            id: id.to_owned(),
+            ..StateRequest::default()
+        };
+        self.call("State", &state)?;
+        let pids = PidsRequest {
+            id: id.to_owned(),
+            ..PidsRequest::default()
+        };
+        self.call("Pids", &pids).map(drop)
     }
 
     fn process(&self, id: &str, exec_id: &str, streams: Streams) -> Process<'_> {
@@ -102,7 +173,10 @@ impl Shim {
         };
         match self.0.request(request) {
             Ok(response) => Ok(response.payload),
-            Err(ttrpc::Error::RpcStatus(status)) => bail!(Refused(status.message)),
+            Err(ttrpc::Error::RpcStatus(status)) => bail!(Refused {
+                code: status.code(),
+                message: status.message,
+            }),
             Err(error) => Err(error).with_context(|| format!("{method} failed")),
         }
     }
@@ -110,11 +184,16 @@ impl Shim {
 
 /// A shim's own word that it did not do what was asked.
 #[derive(Debug)]
-pub struct Refused(pub String);
+pub struct Refused {
+    /// Its gRPC code.
+    pub code: ttrpc::Code,
+    /// Its reason.
+    pub message: String,
+}
 
 impl std::fmt::Display for Refused {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.message)
     }
 }
 
@@ -155,25 +234,7 @@ impl Process<'_> {
 
     /// Starts another process in its container. `directory` is where its streams are to be.
     pub fn exec(&self, directory: &Path, exec_id: &str, process: &Value) -> Result<Process<'_>> {
-        let streams = Streams::new(directory, exec_id)?;
-        let spec = Any {
-            type_url: PROCESS.into(),
-            value: serde_json::to_vec(process)?,
-            ..Any::default()
-        };
-        let request = ExecProcessRequest {
-            id: self.id.clone(),
-            exec_id: exec_id.to_owned(),
-            stdin: streams.name(0)?,
-            stdout: streams.name(1)?,
-            stderr: streams.name(2)?,
-            spec: MessageField::some(spec),
-            ..ExecProcessRequest::default()
-        };
-        self.shim.call("Exec", &request)?;
-        let mut process = self.shim.process(&self.id, exec_id, streams);
-        process.start()?;
-        Ok(process)
+        self.shim.exec(&self.id, directory, exec_id, process)
     }
 
     /// Waits until it has written `text` to its standard output.
@@ -239,9 +300,12 @@ impl Drop for Process<'_> {
         if self.deleted {
             return;
         }
-        // It may never have been started, or have ended by itself.
-        let _ = self.kill(9);
-        let _ = self.wait();
+        // It may have ended by itself. An exec that was never started has nothing to end.
+        let started = self.writers.is_none();
+        if started || self.exec_id.is_empty() {
+            let _ = self.kill(9);
+            let _ = self.wait();
+        }
         let _ = self.delete();
     }
 }

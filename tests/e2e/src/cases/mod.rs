@@ -18,6 +18,7 @@ mod namespaces;
 mod neighbours;
 mod outputs;
 mod parity;
+mod soak;
 
 use anyhow::Result;
 
@@ -113,6 +114,7 @@ pub fn all() -> Vec<Case> {
         apps::cases(),
         failures::cases(),
         crash::cases(),
+        soak::cases(),
         docker::cases(),
     ]
     .into_iter()

@@ -74,7 +74,7 @@ pub(super) fn start<'a>(
         Runtime::Runc => Container::Runc(Runc::run(&bundle, &id)?),
         Runtime::Shim(shim) => match run_by_shim(shim, &bundle, &id) {
             Ok(process) => Container::Shim(process),
-            Err(error) => Container::Refused(error.downcast::<Refused>()?.0),
+            Err(error) => Container::Refused(error.downcast::<Refused>()?.message),
         },
     };
     Ok(Started {
