@@ -10,7 +10,11 @@ use std::{
 };
 
 use containerd_shim_protos::api::Mount;
-use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use rustix::{
+    fs::{AtFlags, CWD, StatxFlags, statx},
+    io::Errno,
+    mount::{UnmountFlags, mount_bind, unmount},
+};
 use thiserror::Error;
 
 const MOUNTS: &str = "/proc/self/mountinfo";
@@ -53,8 +57,8 @@ pub enum OverlayError {
         /// The option's name.
         option: String,
     },
-    /// There is no work directory for the second mount.
-    #[error("Cannot create {path}")]
+    /// There is no work directory for the second mount, or the first one's cannot be kept.
+    #[error("Cannot prepare the work directory {path}")]
     Work {
         /// The directory.
         path: PathBuf,
@@ -73,6 +77,8 @@ pub struct Overlay {
     mount: Mount,
     /// The work directory for that, unless all layers are read-only.
     work: Option<PathBuf>,
+    /// What the kernel makes anew in the work directory of the first mount.
+    first_work: Option<PathBuf>,
 }
 
 impl Overlay {
@@ -121,7 +127,7 @@ impl Overlay {
                 layer: layer.into(),
             }),
         };
-        let mut work = None;
+        let (mut work, mut first_work) = (None, None);
         let mut options = Vec::new();
         for option in &known {
             options.push(match option.split_once('=') {
@@ -142,7 +148,11 @@ impl Overlay {
                     work = parent.parent().map(|parent| parent.join(WORK));
                     format!("upperdir={upper}")
                 }
-                Some(("workdir", _)) => continue,
+                Some(("workdir", work)) => {
+                    let work = absolute(work)?;
+                    first_work = Some(crate::assembly::unescape(&work).join("work"));
+                    continue;
+                }
                 Some((name @ ("lowerdir+" | "datadir+"), _)) => {
                     return Err(OverlayError::Option {
                         path,
@@ -163,7 +173,12 @@ impl Overlay {
             options,
             ..Mount::default()
         };
-        Ok(Self { path, mount, work })
+        Ok(Self {
+            path,
+            mount,
+            work,
+            first_work,
+        })
     }
 
     /// The mount that shows the same files, once [`Overlay::prepare`] was called.
@@ -171,24 +186,40 @@ impl Overlay {
         self.mount.clone()
     }
 
-    /// Makes what the second mount needs.
+    /// Makes what the second mount needs, and has any third one of these layers be read-only: a
+    /// daemon that starts anew may mount them over again, and what is changed through that is not
+    /// noticed by the second, which then fails to change the same directories.
     pub fn prepare(&self) -> Result<(), OverlayError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| OverlayError::Work { path, source }
+        };
         let Some(work) = &self.work else {
             return Ok(());
         };
         match fs::create_dir(work) {
-            Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
-                Err(OverlayError::Work {
-                    path: work.clone(),
-                    source,
-                })
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(failed(work)(error));
             }
-            _ => Ok(()),
+            _ => {}
         }
+        // A mount point cannot be removed, and without a new directory there overlayfs is read-only.
+        if let Some(first) = &self.first_work {
+            mount_bind(first, first).map_err(|errno| failed(first)(errno.into()))?;
+        }
+        Ok(())
     }
 
     /// Takes it away again, after the mount.
     pub fn clean_up(&self) {
+        let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+        if let Some(first) = &self.first_work
+            && let Err(errno) = unmount(first, flags)
+            && errno != Errno::INVAL
+        {
+            let work = first.display();
+            tracing::warn!(%work, %errno, "Cannot release an overlay's work directory");
+        }
         if let Some(work) = &self.work
             && let Err(error) = fs::remove_dir_all(work)
             && error.kind() != io::ErrorKind::NotFound
@@ -308,6 +339,7 @@ mod tests {
             ]
         );
         assert_eq!(overlay.work, Some("/d/o 2/ID/bulkhead-work".into()));
+        assert_eq!(overlay.first_work, Some("/d/o 2/ID/work/work".into()));
     }
 
     #[test]

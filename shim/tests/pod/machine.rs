@@ -43,7 +43,7 @@ fn private_mounts() {
 
 /// Replaces `/dev` by one with a few devices.
 fn small_dev() {
-    let names = ["null", "zero", "random", "urandom"];
+    let names = ["null", "zero", "random", "urandom", "fuse"];
     let devices = names.map(|name| fs::File::open(Path::new("/dev").join(name)).unwrap());
     mount(Some("dev"), "/dev", Some("tmpfs"), MsFlags::empty(), NONE).unwrap();
     for (name, device) in names.iter().zip(&devices) {

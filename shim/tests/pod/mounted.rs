@@ -17,7 +17,9 @@ use crate::{
 struct Mounted {
     /// Elsewhere than what the container binds, which is mounted with all below it.
     _directory: tempfile::TempDir,
+    image: PathBuf,
     upper: PathBuf,
+    work: PathBuf,
     path: PathBuf,
 }
 
@@ -30,33 +32,36 @@ impl Mounted {
         for directory in [&upper, &work, &path] {
             fs::create_dir_all(directory).unwrap();
         }
-        let escaped = |path: &PathBuf| path.to_str().unwrap().replace(',', "\\,");
-        let options = format!(
-            "lowerdir={},upperdir={},workdir={}",
-            containerd.directory.path().join("image").display(),
-            escaped(&upper),
-            escaped(&work),
-        );
-        let flags = MsFlags::empty();
-        mount(
-            Some("overlay"),
-            &path,
-            Some("overlay"),
-            flags,
-            Some(&*options),
-        )
-        .unwrap();
+        let image = containerd.directory.path().join("image");
+        let mounted = Self {
+            _directory: directory,
+            image,
+            upper,
+            work,
+            path,
+        };
+        mounted.mount().unwrap();
         containerd.add_bundle("c1", None, &["sleep"]);
         let config = containerd.bundle("c1").join("config.json");
         let mut spec: serde_json::Value =
             serde_json::from_str(&fs::read_to_string(&config).unwrap()).unwrap();
-        spec["root"]["path"] = path.to_str().unwrap().into();
+        spec["root"]["path"] = mounted.path.to_str().unwrap().into();
         fs::write(&config, spec.to_string()).unwrap();
-        Self {
-            _directory: directory,
-            upper,
-            path,
-        }
+        mounted
+    }
+
+    /// Mounts the layers, once more if they are mounted already.
+    fn mount(&self) -> nix::Result<()> {
+        let escaped = |path: &PathBuf| path.to_str().unwrap().replace(',', "\\,");
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            escaped(&self.image),
+            escaped(&self.upper),
+            escaped(&self.work),
+        );
+        let flags = MsFlags::empty();
+        let kind = Some("overlay");
+        mount(kind, &self.path, kind, flags, Some(&*options))
     }
 
     fn request(containerd: &Containerd) -> CreateTaskRequest {
@@ -71,6 +76,8 @@ impl Mounted {
         let kind = statfs(&self.path).unwrap().filesystem_type();
         assert_eq!(kind, OVERLAYFS_SUPER_MAGIC);
         assert!(!self.upper.with_file_name("bulkhead-work").exists());
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains("/work/work"), "{mounts}");
     }
 }
 
@@ -101,6 +108,14 @@ pub async fn shown() {
     // Changed without the view's doing, as the VMM does.
     fs::write(mounted.upper.join("new"), "changed").unwrap();
     assert_eq!(fs::read_to_string(seen("new")).unwrap(), "changed");
+
+    // Whoever mounts the layers over again can only read.
+    mounted.mount().unwrap();
+    let error = fs::write(mounted.path.join("other"), "").unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    assert_eq!(fs::read_to_string(seen("new")).unwrap(), "changed");
+    umount2(&mounted.path, MntFlags::MNT_DETACH).unwrap();
+    fs::write(mounted.path.join("other"), "").unwrap();
 
     client.delete(deadline(), &delete("c1", "")).await.unwrap();
     mounted.assert_as_before();

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::io::asking_for;
 use super::{Case, Setting, case};
-use crate::command::{DEADLINE, Input};
+use crate::command::{DEADLINE, Finished, Input};
 use crate::docker::Docker;
 use crate::terminal::Terminal;
 
@@ -330,16 +330,32 @@ fn live_restore(setting: &Setting) -> Result<()> {
     docker.resume()?;
     let state = docker.inspect("box", "{{.State.Status}} {{.State.Pid}}")?;
     ensure!(state == format!("running {pid}"), "{state}");
-    // /etc/group has not been copied up yet, /file is there already.
-    let script = "cat /file; echo after >> /etc/group; rm /file; echo new > /new; cat /new";
+    let script = "cat /file; rm /file; echo new > /new; cat /new";
     let said = docker
         .docker(&["exec", "box", "sh", "-c", script])?
         .succeeds()?;
     ensure!(said == "before\nnew\n", "{said}");
-    let copy = docker.file("copy");
-    docker.docker(&["cp", "box:/new", &copy])?.succeeds()?;
-    let found = fs::read_to_string(&copy).context("the copy")?;
-    ensure!(found == "new\n", "{found}");
+    // Right, or refused.
+    let copied = docker.docker(&["cp", "box:/new", "-"])?;
+    ensure!(
+        copied.code() == 0 && copied.out().contains("new\n") || is_refused(&copied),
+        "{copied}"
+    );
+    // Refused, or seen inside; and nothing breaks that the container does to the same directory.
+    let given = docker.write("given", "given\n")?;
+    let copied = docker.docker(&["cp", &given, "box:/etc/given"])?;
+    let script = "echo more >> /etc/passwd && cat /etc/given";
+    let seen = docker.docker(&["exec", "box", "sh", "-c", script])?;
+    ensure!(
+        (copied.code(), seen.code(), &*seen.out()) == (0, 0, "given\n")
+            || (is_refused(&copied) && seen.err().contains("/etc/given")),
+        "{copied}\n{seen}"
+    );
+    let script = "tail -n 1 /etc/passwd";
+    let said = docker
+        .docker(&["exec", "box", "sh", "-c", script])?
+        .succeeds()?;
+    ensure!(said == "more\n", "{said}");
     let stopping = docker.spawn(&["stop", "box"], Input::Null)?;
     stopping
         .finish_within(Duration::from_secs(60))?
@@ -347,6 +363,11 @@ fn live_restore(setting: &Setting) -> Result<()> {
     let state = docker.inspect("box", "{{.State.Status}} {{.State.ExitCode}}")?;
     ensure!(state == "exited 5", "{state}");
     docker.end()
+}
+
+/// Whether Docker could not change a container's files because they are mounted read-only for it.
+fn is_refused(copied: &Finished) -> bool {
+    copied.code() == 1 && copied.err().contains("read-only file system")
 }
 
 fn limits(setting: &Setting) -> Result<()> {
