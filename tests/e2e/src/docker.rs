@@ -18,6 +18,9 @@ pub const BUSYBOX: &str = "busybox";
 /// The parent of its containers' cgroups, which the daemon leaves.
 const CGROUP: &str = "/sys/fs/cgroup/docker";
 
+/// Where the daemon looks for plug-ins, whatever it was told; it makes the directory and leaves it.
+const PLUGINS: &str = "/run/docker";
+
 /// How long the path of the directory of layers is, so that the options of a container's overlay are
 /// more than a page, and those of the overlay that the daemon tries at its start less: each names four
 /// directories below it, and the container's have the longer names.
@@ -30,6 +33,8 @@ pub struct Docker {
     data: PathBuf,
     flags: Vec<&'static str>,
     daemon: Option<Running>,
+    /// The directory for plug-ins was not there before.
+    makes_plugins: bool,
 }
 
 impl Docker {
@@ -63,6 +68,7 @@ impl Docker {
             home,
             flags: flags.to_vec(),
             daemon: None,
+            makes_plugins: !Path::new(PLUGINS).exists(),
         };
         docker.resume()?;
         let archive = docker.file("busybox.tar");
@@ -127,6 +133,9 @@ impl Docker {
         }
         if Path::new(CGROUP).exists() {
             fs::remove_dir(CGROUP).with_context(|| format!("cannot remove {CGROUP}"))?;
+        }
+        if self.makes_plugins && Path::new(PLUGINS).exists() {
+            fs::remove_dir_all(PLUGINS).with_context(|| format!("cannot remove {PLUGINS}"))?;
         }
         // A killed daemon's mount of its directory on itself stays, and the next one's is not made.
         if self.mounted_at(&self.data)? {
