@@ -129,7 +129,11 @@ fuzz_target!(|exchanges: Vec<Exchange>| {
 async fn make(client: &AgentClient, call: &Call) {
     let result = match call {
         Call::Info => client.info().await.map(drop),
-        Call::Create => client.create(&CreateContainerRequest::default(), Duration::ZERO).await,
+        Call::Create => {
+            client
+                .create(&CreateContainerRequest::default(), Duration::ZERO)
+                .await
+        }
         Call::Start => client.start("c", Duration::ZERO).await,
         Call::Exec => client.exec(&ExecRequest::default()).await,
         Call::Wait => match timeout(Duration::from_secs(3600), client.wait("c", "")).await {
