@@ -324,7 +324,7 @@ mod tests {
         let overlay = read(
             "42 38 0:31 / /d/o\\0402/ID/merged rw,relatime shared:2 - overlay overlay \
              rw,seclabel,lowerdir=/d/l/A:/d/l/B,upperdir=/d/o\\0402/ID/diff,\
-             workdir=/d/o\\0402/ID/work,index=off",
+             workdir=/d/o\\0402/ID/w,index=off",
             "/d/o 2/ID/merged",
         )
         .unwrap();
@@ -339,7 +339,7 @@ mod tests {
             ]
         );
         assert_eq!(overlay.work, Some("/d/o 2/ID/bulkhead-work".into()));
-        assert_eq!(overlay.first_work, Some("/d/o 2/ID/work/work".into()));
+        assert_eq!(overlay.first_work, Some("/d/o 2/ID/w/work".into()));
     }
 
     #[test]

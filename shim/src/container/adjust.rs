@@ -131,7 +131,12 @@ impl Container {
         };
         while self.init.exit().is_none() {
             let known = self.adjusted.oom_kills.load(Ordering::Relaxed);
-            match agent.wait_for_oom(&self.id, known).await {
+            let told = tokio::select! {
+                told = agent.wait_for_oom(&self.id, known) => told,
+                // With it comes the last count.
+                _ = self.init.wait() => return,
+            };
+            match told {
                 Ok(kills) if kills > known => self.tell_oom(kills),
                 // The container's end, or the pod's.
                 _ => return,
