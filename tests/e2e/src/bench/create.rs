@@ -88,13 +88,13 @@ fn in_pod(runtime: &str, bundle: &Path, runs: usize) -> Result<Vec<f64>> {
     let pod = Run::new(runtime).detach(&["sleep", "1000"])?;
     let shim = Shim::of(&pod)?;
     (0..=runs)
-        .map(|number| by_shim(&shim, bundle, number))
+        .map(|number| by_shim(&shim, bundle, &format!("bench-{runtime}-{number}")))
         .collect()
 }
 
-fn by_shim(shim: &Shim, bundle: &Path, number: usize) -> Result<f64> {
+fn by_shim(shim: &Shim, bundle: &Path, id: &str) -> Result<f64> {
     let begun = Instant::now();
-    let mut process = shim.create(bundle, &format!("bench-{number}"))?;
+    let mut process = shim.create(bundle, id)?;
     process.start()?;
     Ok(begun.elapsed().as_secs_f64() * 1e3)
 }
