@@ -7,8 +7,9 @@ use std::{
 
 use bulkhead_agent_api::{
     messages::{
-        ContainerRequest, CreateContainerRequest, ExecRequest, InfoRequest, InfoResponse,
-        OomRequest, ProcessRequest, ResizePtyRequest, SignalRequest, StatsResponse, UpdateRequest,
+        ConnectRequest, ContainerRequest, CreateContainerRequest, ExecRequest, InfoRequest,
+        InfoResponse, NetworkRequest, OomRequest, ProcessRequest, ResizePtyRequest, SignalRequest,
+        StatsResponse, UpdateRequest,
     },
     service::AgentClient as Service,
 };
@@ -87,6 +88,7 @@ impl AgentError {
                     | Code::ALREADY_EXISTS
                     | Code::FAILED_PRECONDITION
                     | Code::INVALID_ARGUMENT
+                    | Code::UNAVAILABLE
                     | Code::UNIMPLEMENTED) => code,
                     _ => Code::UNKNOWN,
                 };
@@ -203,6 +205,18 @@ impl AgentClient {
         };
         let answer = self.service.update(Context::default(), &request);
         call("Update", QUICK_DEADLINE, answer).await.map(drop)
+    }
+
+    /// Makes a container's network namespace what the request says.
+    pub async fn set_network(&self, request: &NetworkRequest) -> Result<(), AgentError> {
+        let answer = self.service.set_network(Context::default(), request);
+        call("SetNetwork", SETUP_DEADLINE, answer).await.map(drop)
+    }
+
+    /// Connects a stream with a port of a container.
+    pub async fn connect(&self, request: &ConnectRequest) -> Result<(), AgentError> {
+        let answer = self.service.connect(Context::default(), request);
+        call("Connect", QUICK_DEADLINE, answer).await.map(drop)
     }
 
     /// Sets a container up. `hooks` is how long its hooks in the guest may take.

@@ -24,12 +24,14 @@ pub const PATH_VARIABLE: &str = "BULKHEAD_CONFIG";
 const ANNOTATION_PREFIX: &str = "io.bulkhead.";
 
 /// What pods can be allowed to set for themselves.
-const ANNOTATIONS: [&str; 5] = [
+const ANNOTATIONS: [&str; 7] = [
     "vcpus",
     "memory_mib",
     "kernel_args",
     "fs_requests_per_second",
     "fs_bytes_per_second",
+    "net_packets_per_second",
+    "net_bytes_per_second",
 ];
 
 /// Guest memory below this cannot hold kernel and initramfs.
@@ -54,6 +56,11 @@ pub struct Config {
     pub fs_requests_per_second: u32,
     /// Bytes that a guest may read and write of files in a second; 0 is without a limit.
     pub fs_bytes_per_second: u64,
+    /// Packets that each network interface of a guest may send, and as many that it may receive, in a
+    /// second; 0 is without a limit.
+    pub net_packets_per_second: u32,
+    /// Bytes, likewise.
+    pub net_bytes_per_second: u64,
     /// The keys that a pod may set for itself, by annotations `io.bulkhead.KEY`.
     pub allowed_annotations: BTreeSet<String>,
     /// Write each guest's console to `console.log` in its state directory.
@@ -103,6 +110,8 @@ impl Default for Config {
             kernel_args: String::new(),
             fs_requests_per_second: 0,
             fs_bytes_per_second: 0,
+            net_packets_per_second: 0,
+            net_bytes_per_second: 0,
             allowed_annotations: BTreeSet::new(),
             console: false,
             log_level: LogLevel::Info,
@@ -260,6 +269,12 @@ impl Config {
                 "fs_bytes_per_second" => {
                     value.parse().map(|value| self.fs_bytes_per_second = value)
                 }
+                "net_packets_per_second" => value
+                    .parse()
+                    .map(|value| self.net_packets_per_second = value),
+                "net_bytes_per_second" => {
+                    value.parse().map(|value| self.net_bytes_per_second = value)
+                }
                 _ => {
                     self.kernel_args = value.clone();
                     Ok(())
@@ -309,6 +324,8 @@ impl Config {
             kernel_args: self.kernel_args.clone(),
             fs_requests_per_second: self.fs_requests_per_second,
             fs_bytes_per_second: self.fs_bytes_per_second,
+            net_packets_per_second: self.net_packets_per_second,
+            net_bytes_per_second: self.net_bytes_per_second,
             console: self.console,
         }
     }

@@ -131,6 +131,8 @@ fn options() -> Result<Options, Box<dyn Error>> {
             kernel_args: String::new(),
             fs_requests_per_second: 0,
             fs_bytes_per_second: 0,
+            net_packets_per_second: 0,
+            net_bytes_per_second: 0,
             console: false,
         },
         console: None,

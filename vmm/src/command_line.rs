@@ -50,6 +50,8 @@ mod tests {
             kernel_args: "a=b".to_owned(),
             fs_requests_per_second: 0,
             fs_bytes_per_second: 0,
+            net_packets_per_second: 0,
+            net_bytes_per_second: 0,
             console: false,
         };
         let text = build(2, &config);
@@ -62,6 +64,8 @@ mod tests {
             kernel_args: String::new(),
             fs_requests_per_second: 0,
             fs_bytes_per_second: 0,
+            net_packets_per_second: 0,
+            net_bytes_per_second: 0,
             ..config
         };
         assert!(build(0, &config).contains("console=hvc0"));

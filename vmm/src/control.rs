@@ -63,6 +63,8 @@ enum RequestError {
         #[source]
         source: bulkhead_fs::FsError,
     },
+    #[error("There is no network device {0}")]
+    Nic(u8),
     #[error("Cannot take back the share {name}")]
     Unshare {
         name: String,
@@ -218,6 +220,10 @@ impl Server {
                 self.vm()?
                     .unshare(&name)
                     .map_err(|source| RequestError::Unshare { name, source })?;
+            }
+            // Every device is there from the start, and none of them is an interface.
+            Request::AttachNic { slot, .. } | Request::DetachNic { slot } => {
+                return Err(RequestError::Nic(slot));
             }
             Request::Counters => {
                 let counters = Counters {

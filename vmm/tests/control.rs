@@ -36,6 +36,8 @@ fn config() -> VmConfig {
         kernel_args: String::new(),
         fs_requests_per_second: 0,
         fs_bytes_per_second: 0,
+        net_packets_per_second: 0,
+        net_bytes_per_second: 0,
         console: false,
     }
 }

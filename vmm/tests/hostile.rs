@@ -195,6 +195,8 @@ fn boot(vmm: &Vmm, vcpus: u8, kernel_args: String, console: &File) {
         kernel_args,
         fs_requests_per_second: 0,
         fs_bytes_per_second: 0,
+        net_packets_per_second: 0,
+        net_bytes_per_second: 0,
         console: true,
     };
     let console = console.try_clone().unwrap();

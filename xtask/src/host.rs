@@ -58,6 +58,8 @@ fn trial_boot(built: &Built) -> Result<()> {
         kernel_args: String::new(),
         fs_requests_per_second: 0,
         fs_bytes_per_second: 0,
+        net_packets_per_second: 0,
+        net_bytes_per_second: 0,
         console: false,
     };
     ours.send(

@@ -31,6 +31,18 @@ pub const STREAM_PORT: u32 = 1025;
 /// Bytes in a stream's token.
 pub const TOKEN_LEN: usize = 16;
 
+/// Bytes before each message on a resolver's stream, in both directions: what carries it
+/// ([`RESOLVER_UDP`] or [`RESOLVER_TCP`]), a number by which the asker finds the answer (two bytes), and
+/// the length of the message (two bytes); numbers are big-endian. Answers come in any order, and a
+/// question may stay without one.
+pub const RESOLVER_HEADER: usize = 5;
+
+/// A datagram.
+pub const RESOLVER_UDP: u8 = 0;
+
+/// A message of a TCP connection, without its length (RFC 1035, 4.2.2).
+pub const RESOLVER_TCP: u8 = 1;
+
 /// How long a hook may take that names this timeout in seconds, or none: one that hangs must not
 /// hang containerd for ever.
 pub fn hook_time(timeout: Option<u64>) -> Duration {

@@ -195,6 +195,8 @@ fn serve(channel: Arc<Channel>, steps: &Arc<Steps>) {
         steps.pass(match message {
             Request::Share { .. } => "Share",
             Request::Unshare { .. } => "Unshare",
+            Request::AttachNic { .. } => "AttachNic",
+            Request::DetachNic { .. } => "DetachNic",
             Request::Counters => "Counters",
             Request::Boot(_) => "Boot",
         });
@@ -206,6 +208,9 @@ fn serve(channel: Arc<Channel>, steps: &Arc<Steps>) {
             Request::Unshare { name } => {
                 let known = shares.lock().unwrap().remove(&name).is_some();
                 assert!(known, "{name} is no share");
+                reply(&channel, Reply::Done);
+            }
+            Request::AttachNic { .. } | Request::DetachNic { .. } => {
                 reply(&channel, Reply::Done);
             }
             Request::Counters => reply(&channel, Reply::Counters(Counters::default())),

@@ -22,7 +22,8 @@ pub use launch::{
     spawn_alone, spawn_alone_after,
 };
 pub use message::{
-    Counters, DeviceCounters, Event, FromVmm, JailTimes, Reply, Request, StopReason, VmConfig,
+    Counters, DeviceCounters, Event, FIRST_NIC, FromVmm, JailTimes, MAX_QUEUE_PAIRS, NICS, Reply,
+    Request, StopReason, VmConfig, nic_device,
 };
 pub use spawn::{Spawn, Spawned};
 pub use user_namespace::{IdMap, IdRange, UserNamespace, UserNamespaceError, namespace_with};

@@ -25,8 +25,40 @@ pub enum Request {
         /// The name given to [`Request::Share`].
         name: String,
     },
+    /// Connects a network interface with the guest: the device of `slot` becomes one. Descriptors: a
+    /// queue of one tap for each of its queue pairs, from 1 to [`VmConfig::queue_pairs`], that does not
+    /// block, with the header of virtio-net before each packet and all offloads of TCP and checksums on.
+    AttachNic {
+        /// From 0 to [`NICS`] - 1, without an interface so far.
+        slot: u8,
+        /// The interface's MAC address.
+        mac: [u8; 6],
+        /// Its MTU in bytes.
+        mtu: u16,
+    },
+    /// Takes an interface away, which the guest's driver has left, and closes its taps before the
+    /// reply.
+    DetachNic {
+        /// The slot given to [`Request::AttachNic`].
+        slot: u8,
+    },
     /// Asks for the VMM's counters.
     Counters,
+}
+
+/// How many network interfaces a VM can have at a time.
+pub const NICS: u8 = 8;
+
+/// The most queue pairs of an interface.
+pub const MAX_QUEUE_PAIRS: u8 = 4;
+
+/// The place of the first network device among a VM's virtio devices.
+pub const FIRST_NIC: u8 = 3;
+
+/// The name of the platform device in the guest, as in `/sys/bus/platform/devices`, that becomes the
+/// interface of a slot.
+pub fn nic_device(slot: u8) -> String {
+    format!("virtio-mmio.{}", u16::from(FIRST_NIC) + u16::from(slot))
 }
 
 /// A VM, complete and immutable.
@@ -43,8 +75,20 @@ pub struct VmConfig {
     pub fs_requests_per_second: u32,
     /// Bytes that the guest may read and write of files in a second; 0 is without a limit.
     pub fs_bytes_per_second: u64,
+    /// Packets that each network interface may send, and as many that it may receive, in a second; 0
+    /// is without a limit.
+    pub net_packets_per_second: u32,
+    /// Bytes, likewise.
+    pub net_bytes_per_second: u64,
     /// Adds a virtio-console, written to the descriptor that comes with the request.
     pub console: bool,
+}
+
+impl VmConfig {
+    /// Queue pairs of each network interface: one for each vCPU, up to a few.
+    pub fn queue_pairs(&self) -> u8 {
+        self.vcpus.clamp(1, MAX_QUEUE_PAIRS)
+    }
 }
 
 /// The VMM's answer to a request.
