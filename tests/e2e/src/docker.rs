@@ -11,6 +11,7 @@ use rustix::process::{Signal, kill_process};
 use crate::command::{DEADLINE, Finished, Input, Running};
 use crate::ctr::{self, ctr};
 use crate::host;
+use crate::network;
 
 /// The image in every daemon.
 pub const BUSYBOX: &str = "busybox";
@@ -26,12 +27,23 @@ const PLUGINS: &str = "/run/docker";
 /// directories below it, and the container's have the longer names.
 const DEEP: usize = 975;
 
+/// What keeps a daemon from touching the host's network.
+const NO_NETWORKS: [&str; 3] = ["--iptables=false", "--ip6tables=false", "--bridge=none"];
+
+/// The bridge of a daemon with networks, which it leaves.
+const BRIDGE: &str = "docker0";
+
+/// Where [`Docker::server`] has this program, and the port at which it answers.
+const SERVE: [&str; 4] = ["/probe", "probe", "serve", "7000"];
+
 /// A daemon with the image of busybox alone. It ends with [`Docker::end`].
 pub struct Docker {
     runtime: String,
     home: PathBuf,
     data: PathBuf,
     flags: Vec<&'static str>,
+    /// This program as a volume.
+    probe: String,
     daemon: Option<Running>,
     /// The directory for plug-ins was not there before.
     makes_plugins: bool,
@@ -40,13 +52,20 @@ pub struct Docker {
 impl Docker {
     /// Starts a daemon whose containers have this runtime.
     pub fn start(runtime: &str, flags: &[&'static str]) -> Result<Self> {
-        Self::start_in(runtime, flags, |home| home.join("data"))
+        let flags = [&NO_NETWORKS, flags].concat();
+        Self::start_in(runtime, &flags, |home| home.join("data"))
+    }
+
+    /// A daemon with networks.
+    pub fn start_networked(runtime: &str) -> Result<Self> {
+        Self::start_in(runtime, &[], |home| home.join("data"))
     }
 
     /// As [`Docker::start`], in a directory whose name is so long that the daemon names a container's
     /// layers relative to it, and not so long that it gives up overlays.
     pub fn start_deep(runtime: &str, flags: &[&'static str]) -> Result<Self> {
-        Self::start_in(runtime, flags, |home| {
+        let flags = [&NO_NETWORKS, flags].concat();
+        Self::start_in(runtime, &flags, |home| {
             let home = home.display().to_string();
             let missing = DEEP - home.len() - "/overlay2".len();
             let names = (0..missing).map(|at| if at % 200 == 0 { '/' } else { 'd' });
@@ -67,6 +86,7 @@ impl Docker {
             data: data(&home),
             home,
             flags: flags.to_vec(),
+            probe: format!("{}:{}:ro", std::env::current_exe()?.display(), SERVE[0]),
             daemon: None,
             makes_plugins: !Path::new(PLUGINS).exists(),
         };
@@ -81,12 +101,7 @@ impl Docker {
     pub fn resume(&mut self) -> Result<()> {
         let mut command = Command::new("dockerd");
         command
-            .args([
-                "--containerd=/run/containerd/containerd.sock",
-                "--iptables=false",
-                "--ip6tables=false",
-                "--bridge=none",
-            ])
+            .arg("--containerd=/run/containerd/containerd.sock")
             .arg(format!("--host={}", self.host()))
             .arg(format!("--data-root={}", self.data.display()))
             .arg(format!("--exec-root={}", self.file("exec")))
@@ -108,7 +123,7 @@ impl Docker {
 
     /// Ends the daemon and its containers. What it kept is removed.
     pub fn end(mut self) -> Result<()> {
-        let removed = self.remove_containers();
+        let removed = self.remove_all();
         let ended = self.stop();
         removed?;
         ended?;
@@ -117,12 +132,13 @@ impl Docker {
         Ok(())
     }
 
-    fn remove_containers(&self) -> Result<()> {
+    fn remove_all(&self) -> Result<()> {
         let ids = self.docker(&["ps", "-aq"])?.succeeds()?;
         let ids: Vec<&str> = ids.split_whitespace().collect();
         if !ids.is_empty() {
             self.docker(&[&["rm", "-f"], &*ids].concat())?.succeeds()?;
         }
+        self.docker(&["network", "prune", "-f"])?.succeeds()?;
         Ok(())
     }
 
@@ -130,6 +146,9 @@ impl Docker {
         if let Some(daemon) = self.daemon.take() {
             kill_process(daemon.pid(), Signal::TERM)?;
             daemon.finish()?.exits_with(0)?;
+        }
+        if !self.flags.contains(&"--bridge=none") {
+            network::ip(&format!("link delete {BRIDGE}"))?;
         }
         if Path::new(CGROUP).exists() {
             fs::remove_dir(CGROUP).with_context(|| format!("cannot remove {CGROUP}"))?;
@@ -145,7 +164,8 @@ impl Docker {
             .with_context(|| format!("cannot remove {}", self.home.display()))
     }
 
-    fn host(&self) -> String {
+    /// Where the daemon listens, as `DOCKER_HOST` says it.
+    pub fn host(&self) -> String {
         format!("unix://{}", self.file("socket"))
     }
 
@@ -182,6 +202,30 @@ impl Docker {
     pub fn run<'a>(&'a self, flags: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
         let first = ["run", "--runtime", &self.runtime, "--network", "none"];
         [&first[..], flags, &[BUSYBOX], command].concat()
+    }
+
+    /// The arguments of `docker run` for this program's probe in busybox.
+    pub fn with_probe<'a>(
+        &'a self,
+        runtime: &'a str,
+        flags: &[&'a str],
+        words: &[&'a str],
+    ) -> Vec<&'a str> {
+        let first = ["run", "--runtime", runtime, "--volume", &self.probe];
+        [&first[..], flags, &[BUSYBOX, SERVE[0], SERVE[1]], words].concat()
+    }
+
+    /// Starts a container that answers at a port, and waits until it does.
+    pub fn server(&self, runtime: &str, flags: &[&str]) -> Result<Running> {
+        let flags = [&["--rm", "-i"], flags].concat();
+        let client = self.spawn(&self.with_probe(runtime, &flags, &SERVE[2..]), Input::Open)?;
+        client.expect("ready")?;
+        Ok(client)
+    }
+
+    /// What a script says in a container.
+    pub fn exec(&self, name: &str, script: &str) -> Result<String> {
+        self.docker(&["exec", name, "sh", "-c", script])?.succeeds()
     }
 
     /// `docker inspect` of one thing.
@@ -221,7 +265,7 @@ impl Drop for Docker {
     fn drop(&mut self) {
         if self.daemon.is_some() {
             // After a failure, which says more than another one here.
-            let _ = self.remove_containers();
+            let _ = self.remove_all();
             let _ = self.stop();
         }
     }

@@ -13,6 +13,7 @@ mod differences;
 mod docker;
 mod harness;
 mod host;
+mod network;
 mod pattern;
 mod posture;
 mod probe;

@@ -38,11 +38,12 @@ const TREES: [&str; 4] = [
 ];
 
 /// What stays by design: the record of kernels that were checked, the file of claimed ids, and the
-/// parents that containerd and runc make once for each of containerd's namespaces.
-const STAYS: [&str; 12] = [
+/// parents that containerd, runc and `ip netns` make once.
+const STAYS: [&str; 13] = [
     "/run/bulkhead",
     "/run/bulkhead/ids",
     "/run/bulkhead/verified.json",
+    "/run/netns",
     "/run/containerd/runc/default",
     "/run/containerd/runc",
     "/run/containerd/fifo",
@@ -142,6 +143,9 @@ fn mounts(things: &mut BTreeSet<String>) -> Result<()> {
         let target = words.next().context("mountinfo has no mount point")?;
         let rest = line.split_once(" - ").map_or("", |(_, rest)| rest);
         let kind = rest.split(' ').next().unwrap_or_default();
+        if STAYS.contains(&target) {
+            continue;
+        }
         things.insert(format!("mount at {target}: {root} of {kind}"));
     }
     Ok(())

@@ -17,14 +17,26 @@ use crate::tools;
 const PACKAGES: &str = include_str!("../packages.txt");
 
 /// What is taken of a newer Debian beside it, with the programs that tests use.
-const SECOND_PACKAGES: [&str; 2] = ["containerd", "runc"];
-const SECOND_PROGRAMS: [&str; 4] = ["containerd", "containerd-shim-runc-v2", "ctr", "runc"];
+const SECOND_PACKAGES: [&str; 4] = ["containerd", "docker-cli", "docker.io", "runc"];
+const SECOND_PROGRAMS: [&str; 7] = [
+    "usr/bin/containerd",
+    "usr/bin/containerd-shim-runc-v2",
+    "usr/bin/ctr",
+    "usr/bin/docker",
+    "usr/sbin/docker-proxy",
+    "usr/sbin/dockerd",
+    "usr/sbin/runc",
+];
+
+/// Where the lab has the plug-ins of CNI, and where programs look that have no configuration.
+const CNI_PLUGINS: &str = "/usr/lib/cni";
+const CNI_DEFAULT: &str = "opt/cni/bin";
 
 /// Where the lab has these, as its agent knows.
 const SECOND: &str = "opt/containerd-2";
 
 /// Raised when the way the image is built changes.
-const RECIPE: &[u8] = b"4";
+const RECIPE: &[u8] = b"5";
 
 /// The size of the lab's disk; the file is sparse.
 const DISK_SIZE: &str = "16G";
@@ -48,6 +60,10 @@ pub(crate) fn root_image(cache: &Cache) -> Result<PathBuf, Error> {
         second_containerd(&partial.join("second"), &root.join(SECOND))?;
 
         let step = Step::start("Making the lab's disk image");
+        let plugins = root.join(CNI_DEFAULT);
+        fs::create_dir_all(root.join("opt/cni"))
+            .and_then(|()| symlink(CNI_PLUGINS, &plugins))
+            .context(|| format!("make {}", plugins.display()))?;
         let kernel = kernel_release(&root)?;
         unpack_modules(&root, &kernel)?;
         copy(
@@ -110,7 +126,7 @@ pub fn debian_dev_archive(cache: &Cache) -> Result<PathBuf, Error> {
     Ok(entry.join("debian-dev.tar"))
 }
 
-/// Takes the programs of Debian unstable's containerd, by way of a directory that is removed again.
+/// Takes the programs of Debian unstable's containerd and Docker, by way of a directory that is removed again.
 fn second_containerd(unpacked: &Path, programs: &Path) -> Result<(), Error> {
     let step = Step::start("Adding a second containerd");
     let mut command = Command::new("mmdebstrap");
@@ -123,16 +139,9 @@ fn second_containerd(unpacked: &Path, programs: &Path) -> Result<(), Error> {
         .arg(unpacked);
     run_logged(&mut command, INSTALL_LIMIT)?;
     fs::create_dir_all(programs).context(|| format!("create {}", programs.display()))?;
-    for program in SECOND_PROGRAMS {
-        let directory = if program == "runc" {
-            "usr/sbin"
-        } else {
-            "usr/bin"
-        };
-        copy(
-            &unpacked.join(directory).join(program),
-            &programs.join(program),
-        )?;
+    for program in SECOND_PROGRAMS.map(Path::new) {
+        let name = program.file_name().unwrap_or_default();
+        copy(&unpacked.join(program), &programs.join(name))?;
     }
     remove(unpacked)?;
     step.done();

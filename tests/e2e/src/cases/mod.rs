@@ -8,6 +8,7 @@ mod check;
 mod configurations;
 mod crash;
 mod docker;
+mod docker_network;
 mod escapes;
 mod events;
 mod failures;
@@ -16,6 +17,7 @@ mod jail;
 mod lifecycle;
 mod namespaces;
 mod neighbours;
+mod network;
 mod outputs;
 mod parity;
 mod soak;
@@ -111,11 +113,13 @@ pub fn all() -> Vec<Case> {
         jail::cases(),
         apparmor::cases(),
         neighbours::cases(),
+        network::cases(),
         apps::cases(),
         failures::cases(),
         crash::cases(),
         soak::cases(),
         docker::cases(),
+        docker_network::cases(),
     ]
     .into_iter()
     .flatten()

@@ -13,6 +13,7 @@ mod scheduling;
 mod spec;
 mod stream;
 mod syscalls;
+mod talk;
 pub mod tree;
 
 use std::collections::BTreeMap;
@@ -49,6 +50,18 @@ pub enum Probe {
         /// The other.
         other: PathBuf,
     },
+    /// Answers everything that is sent to this port with itself, until its input ends.
+    Serve {
+        /// Of TCP and of UDP.
+        port: u16,
+    },
+    /// Sends bytes to a [`Probe::Serve`] and compares what comes back.
+    Ask {
+        /// HOST:PORT
+        partner: String,
+        /// How many bytes over TCP.
+        length: u64,
+    },
     /// Tries to lock a file as another process does.
     #[command(hide = true)]
     Lock {
@@ -84,6 +97,8 @@ pub fn run(probe: &Probe) -> Result<()> {
         Probe::Stream { length } => stream::write(*length),
         Probe::Watch => print(&intruder::watch()?),
         Probe::Swap { one, other } => intruder::swap(one, other),
+        Probe::Serve { port } => talk::serve(*port),
+        Probe::Ask { partner, length } => talk::ask(partner, *length),
         Probe::Lock { file } => data::lock_as_another(file),
         Probe::Access { file } => metadata::access_as_another(file),
         Probe::Overwrite { file } => data::overwrite_as_another(file),

@@ -1,0 +1,329 @@
+//! Networks as an orchestrator makes them: a namespace, and interfaces in it by plug-ins of CNI
+//! (containernetworking/cni, SPEC.md).
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::sched::{CloneFlags, setns};
+use serde_json::{Value, json};
+
+use crate::command::{DEADLINE, Finished, Input, Running};
+use crate::pattern::Pattern;
+
+/// Where Debian has the plug-ins.
+const PLUGINS: &str = "/usr/lib/cni";
+
+/// Runs `ip` with these words.
+pub fn ip(words: &str) -> Result<String> {
+    run("ip", words)?.succeeds()
+}
+
+/// Runs `tc` with these words.
+pub fn tc(words: &str) -> Result<String> {
+    run("tc", words)?.succeeds()
+}
+
+fn run(program: &str, words: &str) -> Result<Finished> {
+    let mut command = Command::new(program);
+    command.args(words.split_whitespace());
+    Running::spawn(command, Input::Null)?.finish()
+}
+
+/// A network namespace with a name, removed when dropped.
+pub struct Namespace {
+    name: String,
+}
+
+impl Namespace {
+    /// A new one, with its loopback interface up.
+    pub fn new() -> Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("e2e-{}-{number}", std::process::id());
+        ip(&format!("netns add {name}"))?;
+        let namespace = Self { name };
+        namespace.ip("link set lo up")?;
+        Ok(namespace)
+    }
+
+    /// Its name, for `ip`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its file.
+    pub fn path(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.name)
+    }
+
+    /// `ctr run` in it.
+    pub fn flag(&self) -> String {
+        format!("network:{}", self.path().display())
+    }
+
+    /// `ip` in it.
+    pub fn ip(&self, words: &str) -> Result<String> {
+        ip(&format!("-n {} {words}", self.name))
+    }
+
+    /// `tc` in it.
+    pub fn tc(&self, words: &str) -> Result<String> {
+        tc(&format!("-n {} {words}", self.name))
+    }
+
+    /// Does something in it, on a thread of its own.
+    pub fn enter<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        enter(&self.path(), work)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        // What stays behind is found by the comparison after every test.
+        let _ = ip(&format!("netns delete {}", self.name));
+    }
+}
+
+/// Does something in the network namespace of this file.
+pub fn enter<T: Send>(path: &Path, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let namespace = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let inside = || {
+        setns(&namespace, CloneFlags::CLONE_NEWNET).context("cannot enter the namespace")?;
+        work()
+    };
+    let result = thread::scope(|scope| scope.spawn(inside).join());
+    result.map_err(|_| anyhow!("the thread in the namespace panicked"))?
+}
+
+/// An interface that a chain of plug-ins has made; taken back when dropped.
+pub struct Attachment<'n> {
+    namespace: &'n Namespace,
+    interface: &'static str,
+    chain: Vec<Value>,
+    /// What the last plug-in said.
+    pub result: Value,
+    addresses: tempfile::TempDir,
+}
+
+impl<'n> Attachment<'n> {
+    /// Adds `interface` by these plug-ins, each described by its part of a network's configuration.
+    /// The first one's addresses are from `ranges`.
+    pub fn add(
+        namespace: &'n Namespace,
+        interface: &'static str,
+        mut chain: Vec<Value>,
+        ranges: &[&str],
+        runtime: &Value,
+    ) -> Result<Self> {
+        let addresses = tempfile::tempdir()?;
+        let ranges: Vec<Value> = ranges
+            .iter()
+            .map(|net| json!([{ "subnet": net }]))
+            .collect();
+        chain[0]["ipam"] = json!({
+            "type": "host-local", "dataDir": addresses.path(), "ranges": ranges,
+        });
+        for plugin in &mut chain {
+            plugin["cniVersion"] = "1.0.0".into();
+            plugin["name"] = "e2e".into();
+            plugin["runtimeConfig"] = runtime.clone();
+        }
+        let mut attachment = Self {
+            namespace,
+            interface,
+            chain,
+            result: Value::Null,
+            addresses,
+        };
+        for index in 0..attachment.chain.len() {
+            let said = attachment.call("ADD", index)?;
+            attachment.result = serde_json::from_slice(&said)?;
+        }
+        Ok(attachment)
+    }
+
+    /// The bridge plug-in with `bridge` as the host's own address in it.
+    pub fn bridge(
+        namespace: &'n Namespace,
+        interface: &'static str,
+        bridge: &Bridge,
+    ) -> Result<Self> {
+        let plugin = json!({
+            "type": "bridge", "bridge": bridge.name, "isDefaultGateway": true, "hairpinMode": true,
+        });
+        Self::add(
+            namespace,
+            interface,
+            vec![plugin],
+            bridge.ranges,
+            &json!({}),
+        )
+    }
+
+    /// The address of this family, without its length.
+    pub fn address(&self, v6: bool) -> Result<String> {
+        let all = self.result["ips"].as_array().context("no addresses")?;
+        let texts = all.iter().filter_map(|ip| ip["address"].as_str());
+        let found = texts
+            .filter_map(|text| text.split('/').next())
+            .find(|text| text.contains(':') == v6);
+        Ok(found.context("no such address")?.to_owned())
+    }
+
+    fn call(&self, command: &str, index: usize) -> Result<Vec<u8>> {
+        let mut config = self.chain[index].clone();
+        if !self.result.is_null() {
+            config["prevResult"] = self.result.clone();
+        }
+        let kind = config["type"].as_str().context("a plug-in without type")?;
+        let mut child = Command::new(Path::new(PLUGINS).join(kind))
+            .env("CNI_COMMAND", command)
+            .env("CNI_CONTAINERID", self.namespace.name())
+            .env("CNI_NETNS", self.namespace.path())
+            .env("CNI_IFNAME", self.interface)
+            .env("CNI_PATH", PLUGINS)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot run the plug-in {kind}"))?;
+        let mut input = child.stdin.take().context("no input")?;
+        input.write_all(config.to_string().as_bytes())?;
+        drop(input);
+        let output = child.wait_with_output()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure!(output.status.success(), "{kind} {command}: {said}");
+        Ok(output.stdout)
+    }
+}
+
+impl Drop for Attachment<'_> {
+    fn drop(&mut self) {
+        for index in (0..self.chain.len()).rev() {
+            if let Err(error) = self.call("DEL", index) {
+                eprintln!("cannot take an interface back: {error:#}");
+            }
+        }
+        // It holds the directory until here.
+        let _ = self.addresses.path();
+    }
+}
+
+/// A bridge that plug-ins make and do not remove; removed when dropped.
+pub struct Bridge {
+    /// Its name.
+    pub name: &'static str,
+    ranges: &'static [&'static str],
+}
+
+impl Bridge {
+    /// One with IPv4 and IPv6.
+    pub const fn new() -> Self {
+        Self {
+            name: "e2ebr0",
+            ranges: &["10.97.0.0/24", "fd97::/64"],
+        }
+    }
+}
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        let _ = ip(&format!("link delete {}", self.name));
+    }
+}
+
+/// The host's addresses in [`Bridge::new`].
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 1);
+/// Likewise.
+pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfd97, 0, 0, 0, 0, 0, 0, 1);
+
+/// Answers everything with itself, over TCP and UDP, at one port of all addresses, until the process
+/// ends.
+pub fn echo(port: u16) -> Result<()> {
+    let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+    let listener = TcpListener::bind(any).context("cannot listen")?;
+    let datagrams = UdpSocket::bind(any).context("cannot receive datagrams")?;
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(move || echo_stream(stream));
+        }
+    });
+    thread::spawn(move || {
+        let mut buffer = vec![0; 1 << 16];
+        while let Ok((length, from)) = datagrams.recv_from(&mut buffer) {
+            let _ = datagrams.send_to(&buffer[..length], from);
+        }
+    });
+    Ok(())
+}
+
+fn echo_stream(mut stream: TcpStream) -> std::io::Result<()> {
+    let mut copy = stream.try_clone()?;
+    std::io::copy(&mut stream, &mut copy)?;
+    copy.shutdown(std::net::Shutdown::Write)
+}
+
+/// Sends bytes to an [`echo`] and compares what comes back. Both directions are in use at once.
+pub fn ask(to: SocketAddr, length: u64) -> Result<()> {
+    let mut stream =
+        TcpStream::connect_timeout(&to, DEADLINE).with_context(|| format!("cannot reach {to}"))?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    let mut sending = stream.try_clone()?;
+    let sender = thread::spawn(move || -> std::io::Result<()> {
+        std::io::copy(&mut Pattern::new(9, length), &mut sending)?;
+        sending.shutdown(std::net::Shutdown::Write)
+    });
+    let mut expected = Pattern::new(9, length);
+    let (mut got, mut wanted) = (vec![0; 1 << 16], vec![0; 1 << 16]);
+    let mut all = 0;
+    loop {
+        let count = stream.read(&mut got)?;
+        if count == 0 {
+            break;
+        }
+        expected.read_exact(&mut wanted[..count])?;
+        ensure!(got[..count] == wanted[..count], "other bytes after {all}");
+        all += u64::try_from(count)?;
+    }
+    ensure!(all == length, "{all} bytes came back of {length}");
+    sender
+        .join()
+        .map_err(|_| anyhow!("the sender panicked"))??;
+    Ok(())
+}
+
+/// Sends datagrams of these lengths to an [`echo`] and compares what comes back. One that is lost is
+/// sent again.
+pub fn ask_datagrams(to: SocketAddr, lengths: &[usize]) -> Result<()> {
+    const TRIES: usize = 5;
+    let any: SocketAddr = match to {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    let socket = UdpSocket::bind(any)?;
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    socket.connect(to)?;
+    for length in lengths {
+        let sent = Pattern::new(3, u64::try_from(*length)?).bytes()?;
+        let mut buffer = vec![0; 1 << 16];
+        let mut answered = false;
+        for _ in 0..TRIES {
+            socket.send(&sent).context("cannot send a datagram")?;
+            if let Ok(count) = socket.recv(&mut buffer) {
+                ensure!(buffer[..count] == sent, "another datagram of {count} bytes");
+                answered = true;
+                break;
+            }
+        }
+        if !answered {
+            bail!("no answer to a datagram of {length} bytes");
+        }
+    }
+    Ok(())
+}
