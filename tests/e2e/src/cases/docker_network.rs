@@ -43,7 +43,10 @@ pub fn cases() -> Vec<Case> {
 
 fn published(setting: &Setting) -> Result<()> {
     let docker = Docker::start_networked(&setting.runtime)?;
-    let server = docker.server(&setting.runtime, &["--name", "web", "-p", "8080:7000"])?;
+    let server = docker.server(
+        &setting.runtime,
+        &["--name", "web", "-p", "8080:7000", "-p", "8080:7000/udp"],
+    )?;
     let at = |host: Ipv4Addr, port| SocketAddr::new(host.into(), port);
     let own: Ipv4Addr = docker
         .inspect("web", "{{.NetworkSettings.IPAddress}}")?
