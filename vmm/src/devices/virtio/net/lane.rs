@@ -86,6 +86,11 @@ impl NetHandler {
         self.kicks.get(lane).map(|kick| &**kick)
     }
 
+    #[cfg(test)]
+    pub(super) fn kicks(&self) -> Arc<[Arc<EventFd>]> {
+        self.kicks.clone()
+    }
+
     /// Takes the guest's notification of a lane. Commands come with the first one's.
     pub fn kicked(&self, lane: usize) {
         let Some(kick) = self.kick(lane) else {
