@@ -20,6 +20,7 @@ struct Policy {
     devices: Vec<Value>,
     main: Vec<Value>,
     fs: Vec<Value>,
+    net: Vec<Value>,
     setup: Vec<Value>,
 }
 
@@ -33,6 +34,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         ("DEVICES", &policy.devices),
         ("MAIN", &policy.main),
         ("FS", &policy.fs),
+        ("NET", &policy.net),
     ] {
         let rules = [policy.common.as_slice(), own].concat();
         let general = unconditional(&rules);
@@ -52,6 +54,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         policy.devices,
         policy.main,
         policy.fs,
+        policy.net,
         policy.setup,
     ];
     let mut rules = lists.concat();

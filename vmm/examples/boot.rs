@@ -3,8 +3,10 @@
 //!
 //! ```text
 //! boot [--vmm FILE] [--vcpus N] [--memory MIB] [--args TEXT] [--console FILE]
-//!      [--share NAME=PATH] [--seconds N] KERNEL INITRAMFS
+//!      [--share NAME=PATH] [--nic TAP] [--seconds N] KERNEL INITRAMFS
 //! ```
+//!
+//! `--nic` makes a tap of this name, as root, and attaches it to the first slot.
 //!
 //! It prints every event, with the counters at each connection, and sends back whatever the guest
 //! writes to a connection. It ends when the VM does, or after `--seconds`.
@@ -15,7 +17,7 @@ use std::{
     io::{Read, Write},
     net::Shutdown,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::{fs::OpenOptionsExt, net::UnixStream},
     },
     path::PathBuf,
@@ -32,6 +34,7 @@ struct Options {
     config: VmConfig,
     console: Option<PathBuf>,
     share: Option<(String, PathBuf)>,
+    nic: Option<String>,
     seconds: Option<u64>,
     files: Vec<PathBuf>,
 }
@@ -67,6 +70,18 @@ fn main() -> Result<(), Box<dyn Error>> {
         };
         ours.send(&request, &[root.as_fd()])?;
     }
+    if let Some(name) = &options.nic {
+        let taps = (0..options.config.queue_pairs())
+            .map(|_| tap(name))
+            .collect::<Result<Vec<_>, _>>()?;
+        let fds: Vec<BorrowedFd<'_>> = taps.iter().map(AsFd::as_fd).collect();
+        let request = Request::AttachNic {
+            slot: 0,
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+        };
+        ours.send(&request, &fds)?;
+    }
     if let Some(seconds) = options.seconds {
         let pid = vmm.pid;
         thread::spawn(move || {
@@ -99,7 +114,37 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Starts the VMM with the socket as its descriptor 3.
+/// A queue of the tap `name` (Linux, Documentation/networking/tuntap.rst).
+fn tap(name: &str) -> Result<File, Box<dyn Error>> {
+    let tap = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")?;
+    // SAFETY: the structure is plain numbers.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()).take(15) {
+        *to = from.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
+    request.ifr_ifru.ifru_flags = i16::try_from(flags)?;
+    let header_len = 12;
+    let offloads = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+    let fd = tap.as_raw_fd();
+    // SAFETY: the pointers are to live values of the types that these requests take.
+    let results = unsafe {
+        [
+            libc::ioctl(fd, libc::TUNSETIFF, &raw mut request),
+            libc::ioctl(fd, libc::TUNSETVNETHDRSZ, &raw const header_len),
+            libc::ioctl(fd, libc::TUNSETOFFLOAD, offloads),
+        ]
+    };
+    if results.contains(&-1) {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    Ok(tap)
+}
+
 /// The clock of [`bulkhead_vmm_control::Counters::entered_ns`].
 fn now_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
@@ -137,6 +182,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
         },
         console: None,
         share: None,
+        nic: None,
         seconds: None,
         files: Vec::new(),
     };
@@ -160,6 +206,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
                 let (name, path) = value.split_once('=').ok_or("--share NAME=PATH")?;
                 options.share = Some((name.to_owned(), path.into()));
             }
+            "--nic" => options.nic = Some(value),
             "--seconds" => options.seconds = Some(value.parse()?),
             _ => return Err(format!("unknown option {argument}").into()),
         }

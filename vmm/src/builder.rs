@@ -8,7 +8,7 @@ use std::{
 };
 
 use bulkhead_fs::{FileServer, FsError, ShareOptions};
-use bulkhead_vmm_control::{Counters, JailTimes, NEEDED_CAPABILITIES, VmConfig};
+use bulkhead_vmm_control::{Counters, FIRST_NIC, JailTimes, NEEDED_CAPABILITIES, NICS, VmConfig};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
 };
@@ -38,6 +38,7 @@ use crate::{
             console::{Console, ConsoleHandler},
             fs::{Fs, FsHandler, FsWorkers, Limits},
             mmio::Transport,
+            net::{self, Interface, Net, NetHandler, NetWorkers, NicError},
             registers::register,
             rng::{Rng, RngHandler},
             vsock::{Vsock, VsockHandler},
@@ -51,6 +52,11 @@ use vmm_sys_util::epoll::EventSet;
 
 /// Tag by which the guest mounts the shared file system.
 const FS_TAG: &str = "bulkhead";
+
+/// What the network devices are called among the counters.
+const NIC_NAMES: [&str; NICS as usize] = [
+    "net0", "net1", "net2", "net3", "net4", "net5", "net6", "net7",
+];
 
 /// The most threads that serve files.
 const MAX_FS_THREADS: usize = 4;
@@ -139,6 +145,7 @@ pub struct Vm {
     vcpus: Vec<Vcpu>,
     _event_loop: EventLoop,
     _fs_workers: FsWorkers,
+    net_workers: NetWorkers,
     file_server: Arc<FileServer>,
     crash_console: Arc<CrashConsole>,
     vcpu_stats: Arc<VcpuStats>,
@@ -175,6 +182,7 @@ pub fn build(
     devices.add_vsock(callbacks.accept)?;
     let fs_workers = devices.add_fs(file_server.clone(), config)?;
     devices.add_rng()?;
+    let net_workers = devices.add_nics(config)?;
     if let Some(file) = resources.console {
         devices.add_console(file, crash_console.clone())?;
     }
@@ -187,7 +195,8 @@ pub fn build(
         loaded.initramfs,
         &seed()?,
     )?;
-    let irqs: Vec<u32> = (0..devices.count()).map(|index| place(index).1).collect();
+    let mut irqs: Vec<u32> = (0..devices.count()).map(|index| place(index).1).collect();
+    irqs.dedup();
     mptable::write(&memory, config.vcpus, &irqs)?;
     registers::write_tables(&memory)?;
 
@@ -217,6 +226,7 @@ pub fn build(
         vcpus,
         _event_loop: devices.event_loop.spawn("devices")?,
         _fs_workers: fs_workers,
+        net_workers,
         file_server,
         crash_console,
         vcpu_stats,
@@ -243,6 +253,16 @@ impl Vm {
     /// Takes a share away and closes everything below it.
     pub fn unshare(&self, name: &str) -> Result<(), FsError> {
         self.file_server.unshare(name)
+    }
+
+    /// Makes a slot for a network device one.
+    pub fn attach_nic(&self, slot: u8, interface: Interface) -> Result<(), NicError> {
+        self.net_workers.attach(slot, interface)
+    }
+
+    /// Empties a slot and closes its taps.
+    pub fn detach_nic(&self, slot: u8) -> Result<(), NicError> {
+        self.net_workers.detach(slot)
     }
 
     /// The counts of this moment. Of the process's jail the VM knows nothing.
@@ -327,6 +347,25 @@ impl<'v> Devices<'v> {
         Ok(())
     }
 
+    /// Slots without devices, with all that KVM needs for them: later there is no right to add it.
+    fn add_nics(&mut self, config: &VmConfig) -> Result<NetWorkers, BuildError> {
+        debug_assert_eq!(self.count(), usize::from(FIRST_NIC));
+        let lanes = usize::from(config.queue_pairs());
+        let slots = NIC_NAMES
+            .iter()
+            .map(|name| {
+                let kicks = (0..lanes)
+                    .map(|_| Ok(Arc::new(self.event()?)))
+                    .collect::<Result<Arc<[_]>, BuildError>>()?;
+                let transport = self.add_kicked_by(name, Net::new(kicks.clone()), &kicks)?;
+                let limits =
+                    net::Limits::new(config.net_packets_per_second, config.net_bytes_per_second);
+                Ok(NetHandler::new(transport, kicks, limits))
+            })
+            .collect::<Result<_, BuildError>>()?;
+        Ok(NetWorkers::spawn(slots, lanes)?)
+    }
+
     fn add_console(
         &mut self,
         file: File,
@@ -340,30 +379,56 @@ impl<'v> Devices<'v> {
         Ok(())
     }
 
-    /// Connects a device with KVM: a notification of the guest becomes an event for the device
-    /// without waking its vCPU's thread, and an event of the device an interrupt. Nor does the
-    /// vCPU's thread wake when the guest reads registers and acknowledges the interrupt.
+    fn event(&self) -> Result<EventFd, BuildError> {
+        EventFd::new(EFD_NONBLOCK).map_err(BuildError::EventFd)
+    }
+
     fn add<D: Device + 'static>(
         &mut self,
         name: &'static str,
         device: D,
     ) -> Result<Arc<Transport<D>>, BuildError> {
-        let event = || EventFd::new(EFD_NONBLOCK).map_err(BuildError::EventFd);
-        let (kick, interrupt) = (event()?, event()?);
-        let (address, irq) = place(self.count());
-        // Any value: the device looks at all of its few queues.
-        let notify = IoEventAddress::Mmio(address + register::QUEUE_NOTIFY);
-        self.vm
-            .register_ioevent(&kick, &notify, NoDatamatch)
-            .map_err(failed("register an ioeventfd"))?;
+        let kick = Arc::new(self.event()?);
+        let transport = self.add_kicked_by(name, device, &[kick])?;
+        let (address, _) = place(self.count() - 1);
         let acknowledge = IoEventAddress::Mmio(address + register::INTERRUPT_ACK);
         self.vm
             .register_ioevent(&self.acknowledged, &acknowledge, CALM)
             .map_err(failed("register an ioeventfd"))?;
+        Ok(transport)
+    }
+
+    /// Connects a device with KVM: a notification of the guest becomes an event for the device
+    /// without waking its vCPU's thread, and an event of the device an interrupt. Nor does the
+    /// vCPU's thread wake when the guest reads registers and acknowledges the interrupt.
+    ///
+    /// A device with one `kick` looks at all of its few queues. One with more has one for each pair of
+    /// queues, of which the second notifies it so: the driver seldom has to notify the first.
+    fn add_kicked_by<D: Device + 'static>(
+        &mut self,
+        name: &'static str,
+        device: D,
+        kicks: &[Arc<EventFd>],
+    ) -> Result<Arc<Transport<D>>, BuildError> {
+        let interrupt = self.event()?;
+        let (address, irq) = place(self.count());
+        let notify = IoEventAddress::Mmio(address + register::QUEUE_NOTIFY);
+        if let [kick] = kicks {
+            self.vm
+                .register_ioevent(kick, &notify, NoDatamatch)
+                .map_err(failed("register an ioeventfd"))?;
+        } else {
+            for (queue, kick) in (1u32..).step_by(2).zip(kicks) {
+                self.vm
+                    .register_ioevent(kick, &notify, queue)
+                    .map_err(failed("register an ioeventfd"))?;
+            }
+        }
         self.vm
             .register_irqfd(&interrupt, irq)
             .map_err(failed("register an irqfd"))?;
-        let transport = Arc::new(Transport::new(device, self.memory.clone(), kick, interrupt));
+        let transport = Transport::new(device, self.memory.clone(), kicks[0].clone(), interrupt);
+        let transport = Arc::new(transport);
         let slot = u32::try_from(self.memory.num_regions() + self.count()).unwrap_or(u32::MAX);
         memory::register_readable(self.vm, slot, address, &transport.registers)?;
         self.registers.push(transport.clone());
@@ -372,10 +437,13 @@ impl<'v> Devices<'v> {
     }
 }
 
-/// Address and interrupt of virtio device `index`.
+/// Address and interrupt of virtio device `index`. Network devices share an interrupt: each one costs
+/// the guest's kernel time at boot.
 pub fn place(index: usize) -> (u64, u32) {
     let address = VIRTIO_MMIO_START + index as u64 * VIRTIO_MMIO_SIZE;
-    let irq = VIRTIO_IRQ_START + u32::try_from(index).unwrap_or(0);
+    let first = usize::from(FIRST_NIC);
+    let shared = index.saturating_sub(first).min(usize::from(NICS) - 1);
+    let irq = VIRTIO_IRQ_START + u32::try_from(index - shared).unwrap_or(0);
     (address, irq)
 }
 

@@ -19,7 +19,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     builder::{self, BuildError, Callbacks, Resources, Vm},
-    devices::event_loop,
+    devices::{
+        event_loop,
+        virtio::net::{Interface, NicError},
+    },
     seccomp::{Filter, SeccompError},
     vcpu::Stop,
 };
@@ -63,8 +66,8 @@ enum RequestError {
         #[source]
         source: bulkhead_fs::FsError,
     },
-    #[error("There is no network device {0}")]
-    Nic(u8),
+    #[error("Cannot attach or detach a network interface")]
+    Nic(#[from] NicError),
     #[error("Cannot take back the share {name}")]
     Unshare {
         name: String,
@@ -221,9 +224,14 @@ impl Server {
                     .unshare(&name)
                     .map_err(|source| RequestError::Unshare { name, source })?;
             }
-            // Every device is there from the start, and none of them is an interface.
-            Request::AttachNic { slot, .. } | Request::DetachNic { slot } => {
-                return Err(RequestError::Nic(slot));
+            Request::AttachNic { slot, mac, mtu } => {
+                let taps = fds;
+                let interface = Interface { mac, mtu, taps };
+                self.vm()?.attach_nic(slot, interface)?;
+            }
+            Request::DetachNic { slot } => {
+                let [] = exactly(fds)?;
+                self.vm()?.detach_nic(slot)?;
             }
             Request::Counters => {
                 let counters = Counters {

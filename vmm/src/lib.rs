@@ -9,6 +9,7 @@
 //! | `vcpu0`, … | the guest, and its accesses to registers of devices |
 //! | `devices` | vsock, rng, console: never waits for anything outside |
 //! | `fs` (a few) | files: may wait for a disk |
+//! | `net` (a few) | network interfaces, each a queue pair of all of them |
 //!
 //! Each thread may make only the system calls of its [`seccomp::Filter`].
 //!

@@ -48,6 +48,8 @@ pub enum Filter {
     Devices,
     /// A thread that serves files.
     Fs,
+    /// A thread of the network devices.
+    Net,
 }
 
 mod compiled {
@@ -82,6 +84,7 @@ impl Filter {
             Self::Vcpu => compiled::VCPU,
             Self::Devices => compiled::DEVICES,
             Self::Fs => compiled::FS,
+            Self::Net => compiled::NET,
         }
     }
 }

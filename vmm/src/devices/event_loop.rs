@@ -156,8 +156,13 @@ fn run(epoll: &Epoll, handlers: &[Arc<dyn EventHandler>]) {
 
 /// Waits without a limit, or returns nothing when the epoll descriptor is no longer usable.
 pub fn wait(epoll: &Epoll, events: &mut [EpollEvent]) -> Option<usize> {
+    wait_for(epoll, -1, events)
+}
+
+/// Waits for so many milliseconds, or without a limit if they are negative. A signal makes it longer.
+pub fn wait_for(epoll: &Epoll, milliseconds: i32, events: &mut [EpollEvent]) -> Option<usize> {
     loop {
-        match epoll.wait(-1, events) {
+        match epoll.wait(milliseconds, events) {
             Ok(count) => {
                 #[cfg(feature = "back-door")]
                 crate::back_door::visit();

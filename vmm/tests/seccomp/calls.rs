@@ -9,8 +9,8 @@ use kvm_bindings::{
 use libc::{
     AF_INET, AF_UNIX, AT_EMPTY_PATH, AT_FDCWD, AT_NO_AUTOMOUNT, AT_SYMLINK_FOLLOW,
     AT_SYMLINK_NOFOLLOW, CLONE_FS, CLONE_NEWNS, CLONE_NEWUSER, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_SETFL, FIONBIO, MADV_DONTNEED, MADV_HUGEPAGE,
-    MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, MREMAP_FIXED, MREMAP_MAYMOVE,
+    EPOLL_CTL_MOD, F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_SETFL, FIONBIO, MADV_DONTNEED,
+    MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, MREMAP_FIXED, MREMAP_MAYMOVE,
     MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, O_CLOEXEC, O_CREAT, O_PATH, O_RDONLY, O_RDWR, O_TMPFILE,
     PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_NO_NEW_PRIVS, PROT_EXEC, PROT_READ, PROT_WRITE, SIGABRT,
     SIGBUS, SIGKILL, SIGSEGV, SIGSYS, SOCK_CLOEXEC, SOCK_DGRAM, SOCK_STREAM, TIOCSTI,
@@ -51,11 +51,12 @@ macro_rules! calls {
 type Calls = fn() -> Vec<Call>;
 
 /// The name of a running thread's filter, and the calls of its own list.
-pub const FILTERS: [(&str, Calls); 4] = [
+pub const FILTERS: [(&str, Calls); 5] = [
     ("vcpu", vcpu),
     ("devices", devices),
     ("main", main),
     ("fs", fs),
+    ("net", net),
 ];
 
 /// All calls that a filter allows.
@@ -137,6 +138,8 @@ fn main() -> Vec<Call> {
         recvmsg(-1, 0, MSG_CMSG_CLOEXEC),
         sendmsg(-1, 0, MSG_NOSIGNAL),
         statx(-1, 0, BY_DESCRIPTOR),
+        epoll_ctl(-1, EPOLL_CTL_ADD),
+        epoll_ctl(-1, EPOLL_CTL_DEL),
         pread64(-1),
     ]
 }
@@ -180,6 +183,16 @@ fn fs() -> Vec<Call> {
         capget(),
         capset(),
         umask(0o22),
+    ]
+}
+
+fn net() -> Vec<Call> {
+    calls![
+        epoll_wait(-1),
+        epoll_ctl(-1, EPOLL_CTL_MOD),
+        read(-1),
+        readv(-1),
+        writev(ANY_FD),
     ]
 }
 
@@ -324,9 +337,7 @@ pub fn never() -> Vec<Call> {
         fcntl(-1, F_SETFL),
         dup(-1),
         dup3(-1, -1),
-        epoll_ctl(-1, EPOLL_CTL_DEL),
         inotify_init1(-1),
-        writev(ANY_FD),
         clock_settime(-1),
         ioctl(-1, TIOCSTI),
         // KVM_CREATE_DEVICE and KVM_MEMORY_ENCRYPT_OP.

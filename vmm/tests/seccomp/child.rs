@@ -58,6 +58,7 @@ fn install(name: &str) {
         "devices" => Filter::Devices,
         "main" => Filter::Main,
         "fs" => Filter::Fs,
+        "net" => Filter::Net,
         _ => panic!("{name}"),
     };
     filter.install().unwrap();

@@ -295,7 +295,7 @@ impl Drop for FsWorkers {
 impl Shared {
     fn watch(&self) -> io::Result<()> {
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        let kick = &self.handler.transport.kick;
+        let kick: &EventFd = &self.handler.transport.kick;
         // Stop is level-triggered: it wakes every thread.
         for (event, events, token) in [
             (kick, edge, KICK),

@@ -55,6 +55,9 @@ pub enum RestoreError {
     /// A queue with impossible values.
     #[error("Cannot restore a virtqueue")]
     Queue(#[source] QueueError),
+    /// Another device, or none.
+    #[error("The saved device is not like this one")]
+    Device,
     /// Features that this device does not have, or status bits that do not exist.
     #[error("The saved device has features or a status that this one cannot have")]
     Features,
@@ -79,9 +82,10 @@ pub struct Inner<D> {
     pub device: D,
     /// Its queues.
     pub queues: Vec<Queue>,
-    /// Chains that are worked on without the lock; a reset waits for them.
+    /// Chains or queues that are worked on without the lock; a reset waits for them.
     pub in_flight: usize,
     resetting: usize,
+    waiting: usize,
     status: Status,
     driver_features: u64,
     device_features_sel: u32,
@@ -90,9 +94,16 @@ pub struct Inner<D> {
 }
 
 impl<D> Inner<D> {
-    /// The driver is ready and has kept to the rules so far.
+    /// The driver is ready, has kept to the rules so far, and is not about to be reset.
     pub fn is_running(&self) -> bool {
-        self.status.contains(Status::DRIVER_OK) && !self.status.contains(Status::NEEDS_RESET)
+        self.resetting == 0
+            && self.status.contains(Status::DRIVER_OK)
+            && !self.status.contains(Status::NEEDS_RESET)
+    }
+
+    /// The driver has accepted these features, all of them.
+    pub fn has_features(&self, features: u64) -> bool {
+        self.driver_features & features == features
     }
 
     fn queue(&mut self) -> Option<&mut Queue> {
@@ -110,7 +121,7 @@ pub struct Transport<D> {
     /// Guest memory.
     pub memory: GuestMemory,
     /// Signalled by the guest's notifications.
-    pub kick: EventFd,
+    pub kick: Arc<EventFd>,
     /// The way to the guest.
     pub interrupt: Interrupt,
     /// Its counters.
@@ -119,13 +130,17 @@ pub struct Transport<D> {
 
 impl<D: Device> Transport<D> {
     /// A device after power-on.
-    pub fn new(device: D, memory: GuestMemory, kick: EventFd, interrupt: EventFd) -> Self {
+    pub fn new(
+        device: D,
+        memory: GuestMemory,
+        kick: impl Into<Arc<EventFd>>,
+        interrupt: EventFd,
+    ) -> Self {
         let stats = Arc::new(DeviceStats::default());
         let registers = Arc::new(Registers::default());
         for (offset, value) in [
             (register::MAGIC, MAGIC),
             (register::VERSION, VERSION),
-            (register::DEVICE_ID, device.id()),
             (register::VENDOR_ID, VENDOR),
             // All ones is the length of a shared memory region that does not exist.
             (register::SHM_LEN_LOW, u32::MAX),
@@ -135,13 +150,12 @@ impl<D: Device> Transport<D> {
         ] {
             registers.set(offset, value);
         }
-        registers.set_config(device.config());
-        let queues = device.queue_sizes().iter().map(|size| new_queue(*size));
         let inner = Inner {
-            queues: queues.collect(),
+            queues: new_queues(&device),
             device,
             in_flight: 0,
             resetting: 0,
+            waiting: 0,
             status: Status::empty(),
             driver_features: 0,
             device_features_sel: 0,
@@ -154,11 +168,14 @@ impl<D: Device> Transport<D> {
             registers,
             idle: Condvar::new(),
             memory,
-            kick,
+            kick: kick.into(),
             interrupt,
             stats,
         };
-        transport.publish(&mut transport.lock());
+        let mut inner = transport.lock();
+        transport.introduce(&inner.device);
+        transport.publish(&mut inner);
+        drop(inner);
         transport
     }
 
@@ -187,6 +204,55 @@ impl<D: Device> Transport<D> {
         self.interrupt.config_changed();
     }
 
+    /// Makes the device another one of another type or configuration, once nothing is in flight. It is
+    /// as after power-on, except that a driver that was at the old one learns that it must reset.
+    pub fn exchange<T>(&self, change: impl FnOnce(&mut D) -> T) -> T {
+        let mut inner = self.when_idle(self.lock(), |inner| {
+            let driven = !inner.status.is_empty();
+            self.reset(inner);
+            if driven {
+                self.stop(inner);
+            }
+        });
+        let result = change(&mut inner.device);
+        inner.queues = new_queues(&inner.device);
+        self.introduce(&inner.device);
+        self.publish(&mut inner);
+        result
+    }
+
+    /// Waits until something that is worked on without the lock is back.
+    pub fn wait<'l>(&self, mut inner: MutexGuard<'l, Inner<D>>) -> MutexGuard<'l, Inner<D>> {
+        inner.waiting += 1;
+        let mut inner = self
+            .idle
+            .wait(inner)
+            .unwrap_or_else(PoisonError::into_inner);
+        inner.waiting -= 1;
+        inner
+    }
+
+    /// Calls `work` once nothing is in flight. Nothing new begins until then.
+    pub fn when_idle<'l>(
+        &self,
+        mut inner: MutexGuard<'l, Inner<D>>,
+        work: impl FnOnce(&mut Inner<D>),
+    ) -> MutexGuard<'l, Inner<D>> {
+        inner.resetting += 1;
+        while inner.in_flight > 0 {
+            inner = self.wait(inner);
+        }
+        inner.resetting -= 1;
+        work(&mut inner);
+        inner
+    }
+
+    /// Shows the guest what the device is.
+    fn introduce(&self, device: &D) {
+        self.registers.set_config(device.config());
+        self.registers.set(register::DEVICE_ID, device.id());
+    }
+
     /// Shows the guest the registers that change.
     fn publish(&self, inner: &mut Inner<D>) {
         let features = half(features(&inner.device), inner.device_features_sel);
@@ -199,10 +265,10 @@ impl<D: Device> Transport<D> {
         self.registers.set(register::STATUS, inner.status.bits());
     }
 
-    /// A chain that was worked on without the lock is done.
+    /// A chain or queue that was worked on without the lock is done.
     pub fn settle(&self, inner: &mut Inner<D>) {
         inner.in_flight -= 1;
-        if inner.in_flight == 0 && inner.resetting > 0 {
+        if inner.waiting > 0 {
             self.idle.notify_all();
         }
     }
@@ -262,6 +328,7 @@ impl<D: Device> Transport<D> {
             register::DRIVER_FEATURES_SEL => inner.driver_features_sel = value,
             register::DRIVER_FEATURES => accept_features(&mut inner, value),
             register::QUEUE_SEL => inner.queue_sel = value,
+            register::QUEUE_NOTIFY => inner.device.notified(value),
             register::STATUS => inner = self.set_status(inner, value),
             _ => self.configure_queue(&mut inner, offset, value),
         }
@@ -275,16 +342,7 @@ impl<D: Device> Transport<D> {
         value: u32,
     ) -> MutexGuard<'l, Inner<D>> {
         if value == 0 {
-            inner.resetting += 1;
-            while inner.in_flight > 0 {
-                inner = self
-                    .idle
-                    .wait(inner)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-            inner.resetting -= 1;
-            self.reset(&mut inner);
-            return inner;
+            return self.when_idle(inner, |inner| self.reset(inner));
         }
         let old = inner.status;
         let new = Status::from_bits_truncate(value) | (old & Status::NEEDS_RESET);
@@ -366,9 +424,10 @@ impl<D: Device> MmioDevice for Transport<D> {
     }
 }
 
-fn new_queue(size: u16) -> Queue {
+fn new_queues(device: &impl Device) -> Vec<Queue> {
     // Fails only for a size that is no power of two, and a device's sizes are constants.
-    Queue::new(size).unwrap_or_default()
+    let new = |size: &u16| Queue::new(*size).unwrap_or_default();
+    device.queue_sizes().iter().map(new).collect()
 }
 
 fn features(device: &impl Device) -> u64 {
@@ -396,7 +455,9 @@ fn accept_features<D>(inner: &mut Inner<D>, value: u32) {
 
 fn features_agreed<D: Device>(inner: &Inner<D>) -> bool {
     let accepted = inner.driver_features;
-    accepted & !features(&inner.device) == 0 && accepted & FEATURE_VERSION_1 != 0
+    accepted & !features(&inner.device) == 0
+        && accepted & FEATURE_VERSION_1 != 0
+        && inner.device.accepts(accepted)
 }
 
 #[cfg(test)]

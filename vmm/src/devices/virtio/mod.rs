@@ -7,6 +7,7 @@
 pub mod console;
 pub mod fs;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod registers;
 pub mod rng;
@@ -31,12 +32,18 @@ pub trait Device: Send {
     fn features(&self) -> u64 {
         0
     }
+    /// Whether it can work for a driver that has accepted these of its features.
+    fn accepts(&self, _features: u64) -> bool {
+        true
+    }
     /// The largest size of each of its queues; powers of two.
     fn queue_sizes(&self) -> &'static [u16];
-    /// Its configuration space, which never changes.
+    /// Its configuration space, which does not change while a driver uses it.
     fn config(&self) -> &[u8] {
         &[]
     }
+    /// The driver has notified `queue` in a way that signals no event of the device's.
+    fn notified(&mut self, _queue: u32) {}
     /// Forgets everything that the driver has brought about.
     fn reset(&mut self) {}
 }

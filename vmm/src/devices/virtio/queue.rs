@@ -1,12 +1,15 @@
 //! What every device does with a virtqueue (section 2.7): take a chain of buffers with every
 //! address checked, and give it back.
 
-use std::num::Wrapping;
+use std::{
+    num::Wrapping,
+    sync::atomic::{Ordering, fence},
+};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT, desc::split::Descriptor};
-use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, Permissions};
 
 use super::Interrupt;
 use crate::memory::{GuestMemory, VolatileSlice};
@@ -37,7 +40,7 @@ pub enum QueueError {
 }
 
 /// A chain of buffers that the driver has made available.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Chain<'m> {
     /// What it is given back by.
     pub head: u16,
@@ -52,22 +55,31 @@ pub fn pop<'m>(
     queue: &mut Queue,
     memory: &'m GuestMemory,
 ) -> Result<Option<Chain<'m>>, QueueError> {
+    let mut chain = Chain::default();
+    Ok(pop_into(queue, memory, &mut chain)?.then_some(chain))
+}
+
+/// Takes the next available chain in the place of another one, whose memory it uses. False if there is
+/// none.
+pub fn pop_into<'m>(
+    queue: &mut Queue,
+    memory: &'m GuestMemory,
+    chain: &mut Chain<'m>,
+) -> Result<bool, QueueError> {
     let size = usize::from(queue.size());
     let Some(descriptors) = queue.iter(memory).map_err(QueueError::Ring)?.next() else {
-        return Ok(None);
+        return Ok(false);
     };
-    let mut chain = Chain {
-        head: descriptors.head_index(),
-        readable: Vec::new(),
-        writable: Vec::new(),
-    };
+    chain.head = descriptors.head_index();
+    chain.readable.clear();
+    chain.writable.clear();
     for (index, descriptor) in descriptors.enumerate() {
         if index >= size {
             return Err(QueueError::TooLong);
         }
-        add(&mut chain, &descriptor, memory)?;
+        add(chain, &descriptor, memory)?;
     }
-    Ok(Some(chain))
+    Ok(true)
 }
 
 fn add<'m>(
@@ -114,6 +126,66 @@ pub fn push(
     queue
         .add_used(memory, head, written)
         .map_err(QueueError::Ring)
+}
+
+/// Gives chains back, each with the bytes written to it, so that the driver sees all or none of them.
+/// The interrupt is up to [`notify_since`].
+pub fn push_together(
+    queue: &mut Queue,
+    memory: &GuestMemory,
+    chains: &[(u16, u32)],
+) -> Result<(), QueueError> {
+    let Some((last, others)) = chains.split_last() else {
+        return Ok(());
+    };
+    let (ring, size) = (queue.used_ring(), queue.size());
+    let mut next = Wrapping(queue.next_used());
+    for (head, written) in others {
+        // `struct virtq_used_elem`, behind flags and index.
+        let element = u64::from(*head) | u64::from(*written) << 32;
+        let slot = next.0.checked_rem(size).unwrap_or(0);
+        let at = ring.saturating_add(4 + u64::from(slot) * 8);
+        memory
+            .write_obj(element.to_le(), GuestAddress(at))
+            .map_err(|error| QueueError::Ring(virtio_queue::Error::GuestMemory(error)))?;
+        next += 1;
+    }
+    queue.set_next_used(next.0);
+    // This moves the index past all of them.
+    queue
+        .add_used(memory, last.0, last.1)
+        .map_err(QueueError::Ring)
+}
+
+/// Interrupts the guest when chains were given back since the queue's `next_used` was `before` and its
+/// driver wants to know of one of them.
+pub fn notify_since(
+    queue: &Queue,
+    memory: &GuestMemory,
+    interrupt: &Interrupt,
+    before: u16,
+) -> Result<(), QueueError> {
+    let now = Wrapping(queue.next_used());
+    if now.0 == before {
+        return Ok(());
+    }
+    // The driver first says what it wants to know of and then looks into the ring.
+    fence(Ordering::SeqCst);
+    if queue.event_idx_enabled() {
+        // Behind flags, index and ring (section 2.7.6).
+        let at = queue
+            .avail_ring()
+            .saturating_add(4 + u64::from(queue.size()) * 2);
+        let event: u16 = memory
+            .load(GuestAddress(at), Ordering::Relaxed)
+            .map_err(|error| QueueError::Ring(virtio_queue::Error::GuestMemory(error)))?;
+        // Section 2.7.7.1.
+        if now - Wrapping(u16::from_le(event)) - Wrapping(1) >= now - Wrapping(before) {
+            return Ok(());
+        }
+    }
+    interrupt.used_buffer();
+    Ok(())
 }
 
 /// Interrupts the guest when chains were given back since the last call and its driver wants to
