@@ -5,6 +5,7 @@ use std::{
     io,
     os::{fd::AsRawFd, unix::fs::DirBuilderExt},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use bulkhead_agent_api::{AGENT_PORT, SHARED_FS_TAG};
@@ -23,6 +24,7 @@ use crate::{
     apparmor::Profiles,
     cgroup::{self, CgroupError},
     log,
+    network::PlatformDevices,
     serve::{self, Guest, ServeError},
     transport::Transport,
 };
@@ -32,6 +34,9 @@ const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// Where the shares of the host are mounted.
 const SHARED_DIR: &str = "/run/bulkhead/shared";
+
+/// The bus of the devices that become network interfaces.
+const PLATFORM_BUS: &str = "/sys/bus/platform";
 
 /// Descriptors that a process may have by default: the kernel's own upper bound (`fs.nr_open`).
 const OPEN_FILES: u64 = 1_048_576;
@@ -102,6 +107,7 @@ fn boot(started_ns: u64) -> Result<(), BootError> {
         shared_dir: PathBuf::from(SHARED_DIR),
         cgroup_root: PathBuf::from(CGROUP_ROOT),
         profiles: Profiles::default(),
+        devices: Arc::new(PlatformDevices::new(PathBuf::from(PLATFORM_BUS))),
         started_ns,
         ready_ns,
     };

@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     io,
+    os::fd::OwnedFd,
     path::{Component, Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -187,6 +188,11 @@ impl Container {
             pidfd: pidfd.map_err(ServiceError::system("copy the container's pidfd"))?,
             users: self.users.clone(),
         })
+    }
+
+    /// Its own process.
+    pub fn init(&self) -> &OwnedFd {
+        self.init.pidfd()
     }
 
     /// Starts the container's process.

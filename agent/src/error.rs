@@ -9,6 +9,7 @@ use crate::{
     apparmor::ProfileError,
     cgroup::CgroupError,
     log,
+    network::NetworkError,
     spec::SpecError,
     stage::protocol::{Failure, FailureKind},
 };
@@ -66,6 +67,17 @@ pub enum ServiceError {
     /// The container's cgroup could not be set up or read.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The container's network could not be set up.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// No program takes connections there.
+    #[error("Nobody listens on port {port} of container {container}")]
+    NobodyListens {
+        /// The TCP port.
+        port: u16,
+        /// The container.
+        container: String,
+    },
     /// The set-up of a process failed in its stage.
     #[error("unable to start container process: {}", .0.message)]
     Stage(Failure),
@@ -114,6 +126,14 @@ impl ServiceError {
                 }
                 ProfileError::System { .. } => Code::INTERNAL,
             },
+            Self::Network(error) => match error {
+                NetworkError::Invalid(_) => Code::INVALID_ARGUMENT,
+                NetworkError::NameTaken { .. } => Code::FAILED_PRECONDITION,
+                NetworkError::Interface { .. }
+                | NetworkError::Item { .. }
+                | NetworkError::System { .. } => Code::INTERNAL,
+            },
+            Self::NobodyListens { .. } => Code::UNAVAILABLE,
             Self::Stage(Failure { kind, .. }) => match kind {
                 FailureKind::Invalid => Code::INVALID_ARGUMENT,
                 FailureKind::Internal => Code::INTERNAL,

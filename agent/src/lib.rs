@@ -11,6 +11,7 @@ mod container;
 mod error;
 mod log;
 mod neighbours;
+mod network;
 mod process;
 mod reaper;
 mod serve;
@@ -37,7 +38,7 @@ pub fn main() -> ExitCode {
                 "bulkhead-agent is PID 1 of a Bulkhead guest.\n\
                  usage: bulkhead-agent serve DIR\n\
                  Without a VM: dials DIR/1024 and DIR/1025 instead of vsock; finds shares in\n\
-                 DIR/shared and makes cgroups in DIR/cgroup."
+                 DIR/shared and makes cgroups in DIR/cgroup; DIR/platform is its platform bus."
             );
             ExitCode::from(2)
         }

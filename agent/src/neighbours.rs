@@ -2,9 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs::File,
-    io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
@@ -13,15 +11,13 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use crate::{
     error::ServiceError,
+    network::{Identity, identity, namespace_of},
     spec::path_of,
     stage::{
         namespaces::flag,
         protocol::{IdMappings, NamespaceFlags},
     },
 };
-
-/// `PIDFD_GET_NET_NAMESPACE`, include/uapi/linux/pidfd.h.
-const PIDFD_GET_NET_NAMESPACE: libc::Ioctl = 0xff04;
 
 /// A container whose namespaces are joined.
 #[derive(Debug)]
@@ -88,6 +84,13 @@ impl Networks {
         let networks = self.0.lock().await;
         Some(Network { networks, path })
     }
+
+    /// Which namespaces are kept.
+    pub async fn kept(&self) -> Vec<Identity> {
+        let networks = self.0.lock().await;
+        let all = networks.values().filter_map(|one| identity(one).ok());
+        all.collect()
+    }
 }
 
 impl Network<'_> {
@@ -104,15 +107,9 @@ impl Network<'_> {
         if self.networks.contains_key(&self.path) {
             return Ok(());
         }
-        // SAFETY: the request takes no argument and returns a new descriptor.
-        let namespace = unsafe { libc::ioctl(process.as_raw_fd(), PIDFD_GET_NET_NAMESPACE, 0) };
-        if namespace < 0 {
-            let error = io::Error::last_os_error();
-            return Err(ServiceError::system("keep the network namespace")(error));
-        }
-        // SAFETY: the kernel returned a new descriptor, which nothing else owns.
-        let namespace = unsafe { File::from_raw_fd(namespace) };
-        self.networks.insert(self.path.clone(), namespace.into());
+        let namespace = namespace_of(process);
+        let namespace = namespace.map_err(ServiceError::system("keep the network namespace"))?;
+        self.networks.insert(self.path.clone(), namespace);
         Ok(())
     }
 }

@@ -24,6 +24,7 @@ use crate::{
     apparmor::Profiles,
     cgroup::{self, CgroupError},
     log,
+    network::PlatformDevices,
     reaper::Reaper,
     service::Service,
     transport::{Stream, Transport, connected},
@@ -43,6 +44,8 @@ pub struct Guest {
     pub cgroup_root: PathBuf,
     /// AppArmor profiles that the kernel has been given.
     pub profiles: Profiles,
+    /// What becomes network interfaces.
+    pub devices: Arc<PlatformDevices>,
     /// CLOCK_BOOTTIME in nanoseconds when `main` began.
     pub started_ns: u64,
     /// The same just before the host was dialled.
@@ -118,6 +121,7 @@ pub fn without_vm(dir: PathBuf, started_ns: u64) -> ExitCode {
         let guest = Guest {
             shared_dir: dir.join("shared"),
             cgroup_root: dir.join("cgroup"),
+            devices: Arc::new(PlatformDevices::new(dir.join("platform"))),
             transport: Transport::Unix(dir),
             profiles: Profiles::default(),
             started_ns,

@@ -1,7 +1,7 @@
 //! The calls of the host.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     future::Future,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -9,9 +9,9 @@ use std::{
 use async_trait::async_trait;
 use bulkhead_agent_api::{
     messages::{
-        ContainerRequest, CreateContainerRequest, Empty, ExecRequest, InfoRequest, InfoResponse,
-        OomRequest, OomResponse, ProcessRequest, ResizePtyRequest, SignalRequest, StatsResponse,
-        UpdateRequest, WaitResponse,
+        ConnectRequest, ContainerRequest, CreateContainerRequest, Empty, ExecRequest, InfoRequest,
+        InfoResponse, NetworkRequest, OomRequest, OomResponse, ProcessRequest, ResizePtyRequest,
+        SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
     },
     service::Agent,
 };
@@ -24,6 +24,7 @@ use crate::{
     container::Container,
     error::ServiceError,
     neighbours::{Neighbours, Networks},
+    network::{Network, identity, namespace_of},
     reaper::Reaper,
     serve::Guest,
 };
@@ -40,6 +41,7 @@ struct State {
     /// `None` while a container is being created.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
     networks: Networks,
+    network: Network,
 }
 
 impl Service {
@@ -50,6 +52,7 @@ impl Service {
             reaper,
             containers: Mutex::default(),
             networks: Networks::default(),
+            network: Network::default(),
         }))
     }
 
@@ -131,7 +134,19 @@ impl State {
         }
         container.remove(&self.guest).await?;
         self.containers().remove(&request.container_id);
+        self.forget_networks().await;
         Ok(())
+    }
+
+    /// Lets go of network namespaces that no container is in.
+    async fn forget_networks(&self) {
+        let mut living: HashSet<_> = self.networks.kept().await.into_iter().collect();
+        for container in self.containers().values().flatten() {
+            let namespace = namespace_of(container.init()).and_then(|one| identity(&one));
+            // One whose process has ended is in none.
+            living.extend(namespace.ok());
+        }
+        self.network.retain(&living).await;
     }
 }
 
@@ -268,5 +283,27 @@ impl Agent for Service {
             kills: container.wait_for_oom(request.known_kills).await?,
             ..OomResponse::default()
         })
+    }
+
+    async fn set_network(&self, _: &TtrpcContext, request: NetworkRequest) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        let state = Arc::clone(&self.0);
+        self.finish(async move {
+            let process = container.init();
+            state.network.set(&state.guest, process, request).await
+        })
+        .await?;
+        Ok(Empty::default())
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<Empty> {
+        let container = self.0.container(&request.container_id)?;
+        let state = Arc::clone(&self.0);
+        self.finish(async move {
+            let process = container.init();
+            state.network.connect(&state.guest, process, &request).await
+        })
+        .await?;
+        Ok(Empty::default())
     }
 }

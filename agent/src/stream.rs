@@ -66,6 +66,17 @@ impl Dialled {
     }
 }
 
+/// Connects to the host for a stream that it waits for.
+pub async fn dial(transport: &Transport, token: &[u8]) -> Result<Stream, ServiceError> {
+    match Dialled::begin(transport, token)? {
+        Some(dialled) => dialled.finish().await,
+        None => Err(ServiceError::BadRequest {
+            what: "length of a stream's token",
+            value: "0".to_owned(),
+        }),
+    }
+}
+
 /// The agent's ends of a process's streams, before the process exists.
 pub struct Streams {
     host: [Option<Dialled>; 3],
@@ -171,6 +182,15 @@ async fn copy(source: &Stream, sink: &Stream) -> io::Result<()> {
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Copies between two sockets until both have ended their own direction, or one is broken.
+pub async fn both_ways(one: &Stream, other: &Stream) -> io::Result<()> {
+    let way = async |source, sink: &Stream| {
+        copy(source, sink).await?;
+        sink.end()
+    };
+    tokio::try_join!(way(one, other), way(other, one)).map(drop)
 }
 
 fn open_null() -> Result<OwnedFd, ServiceError> {

@@ -1,0 +1,82 @@
+//! Where network interfaces come from: platform devices of the guest.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::{self, Write},
+    path::PathBuf,
+};
+
+/// The driver of the devices, as in /sys/bus/platform/drivers.
+const DRIVER: &str = "virtio-mmio";
+
+/// Devices that become network interfaces when a driver is bound to them.
+pub trait Devices {
+    /// Whether a driver is bound to it.
+    fn is_attached(&self, device: &str) -> bool;
+    /// Binds its driver, if none is bound. Returns the name of its interface, which is in the
+    /// network namespace of the agent.
+    fn attach(&self, device: &str) -> io::Result<String>;
+    /// Unbinds its driver, if one is bound. Its interface is gone then, wherever it was.
+    fn detach(&self, device: &str) -> io::Result<()>;
+}
+
+/// Those of the platform bus.
+#[derive(Clone, Debug)]
+pub struct PlatformDevices {
+    bus: PathBuf,
+}
+
+impl PlatformDevices {
+    /// Those of the bus that has this directory in sysfs.
+    pub fn new(bus: PathBuf) -> Self {
+        Self { bus }
+    }
+
+    fn device(&self, device: &str) -> PathBuf {
+        self.bus.join("devices").join(device)
+    }
+
+    fn tell_driver(&self, file: &str, device: &str) -> io::Result<()> {
+        let path = self.bus.join("drivers").join(DRIVER).join(file);
+        OpenOptions::new()
+            .write(true)
+            .open(path)?
+            .write_all(device.as_bytes())
+    }
+}
+
+impl Devices for PlatformDevices {
+    fn is_attached(&self, device: &str) -> bool {
+        self.device(device).join("driver").exists()
+    }
+
+    fn attach(&self, device: &str) -> io::Result<String> {
+        if !self.is_attached(device) {
+            self.tell_driver("bind", device)?;
+        }
+        for child in fs::read_dir(self.device(device))? {
+            let child = child?;
+            if !child.file_name().to_string_lossy().starts_with("virtio") {
+                continue;
+            }
+            // Absent where it is another kind of device, empty for an interface elsewhere.
+            let Ok(mut interfaces) = fs::read_dir(child.path().join("net")) else {
+                continue;
+            };
+            if let Some(interface) = interfaces.next() {
+                return Ok(interface?.file_name().to_string_lossy().into_owned());
+            }
+        }
+        Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("no network interface at {device}"),
+        ))
+    }
+
+    fn detach(&self, device: &str) -> io::Result<()> {
+        if self.is_attached(device) {
+            self.tell_driver("unbind", device)?;
+        }
+        Ok(())
+    }
+}
