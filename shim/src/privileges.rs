@@ -10,7 +10,8 @@ use rustix::{
 
 /// What a shim works with: mounts, namespaces and idmaps (`SYS_ADMIN`, `SETUID`, `SETGID`), the files
 /// that overlayfs changes in its name (`CHOWN` to `SETFCAP`) and finds again by their handles
-/// (`DAC_READ_SEARCH`), children of other users (`KILL`), and their OOM preference (`SYS_RESOURCE`).
+/// (`DAC_READ_SEARCH`), children of other users (`KILL`), their OOM preference (`SYS_RESOURCE`), and taps and filters in the
+/// network namespaces of pods (`NET_ADMIN`).
 pub const SHIM: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::DAC_READ_SEARCH)
@@ -20,6 +21,7 @@ pub const SHIM: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETUID)
     .union(CapabilitySet::SETFCAP)
+    .union(CapabilitySet::NET_ADMIN)
     .union(CapabilitySet::SYS_ADMIN)
     .union(CapabilitySet::SYS_RESOURCE);
 
