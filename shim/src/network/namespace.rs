@@ -13,7 +13,7 @@ use std::{
 use nix::sched::{CloneFlags, setns};
 use tokio::sync::oneshot;
 
-use crate::deadline::timeout;
+use crate::{deadline::timeout, privileges};
 
 /// How long work in a namespace may take: it waits for nobody but the kernel, and there for whoever
 /// else changes interfaces.
@@ -27,26 +27,6 @@ const THREAD: &str = "network";
 pub struct NamespaceId {
     device: u64,
     inode: u64,
-}
-
-impl NamespaceId {
-    /// Of the namespace at a path.
-    pub fn at(path: &Path) -> io::Result<Self> {
-        let metadata = std::fs::metadata(path)?;
-        Ok(Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-        })
-    }
-
-    /// Of the namespace that a process is in.
-    pub fn of(pid: u32) -> io::Result<Self> {
-        Self::at(&process_path(pid))
-    }
-}
-
-fn process_path(pid: u32) -> std::path::PathBuf {
-    format!("/proc/{pid}/ns/net").into()
 }
 
 /// An open network namespace. It exists for at least as long as this.
@@ -72,7 +52,12 @@ impl Namespace {
 
     /// Opens the namespace of a process.
     pub fn of(pid: u32) -> io::Result<Self> {
-        Self::open(&process_path(pid))
+        let opening = thread::Builder::new().name(THREAD.into()).spawn(move || {
+            // Of this thread alone.
+            privileges::reach_processes()?;
+            Self::open(Path::new(&format!("/proc/{pid}/ns/net")))
+        })?;
+        joined(opening)
     }
 
     /// Which one it is.
@@ -92,9 +77,7 @@ impl Namespace {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<T> {
         let thread = self.spawn(|entered: io::Result<()>| entered.map(|()| work()))?;
-        thread
-            .join()
-            .unwrap_or_else(|_| Err(io::Error::other("a thread in the namespace panicked")))
+        joined(thread)
     }
 
     /// Like [`Namespace::enter`], while the caller's thread goes on with something else.
@@ -110,7 +93,7 @@ impl Namespace {
         })?;
         match timeout(DEADLINE, receiver).await {
             Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(io::Error::other("a thread in the namespace panicked")),
+            Ok(Err(_)) => Err(panicked()),
             Err(_) => Err(io::ErrorKind::TimedOut.into()),
         }
     }
@@ -127,20 +110,31 @@ impl Namespace {
     }
 }
 
+fn joined<T>(thread: JoinHandle<io::Result<T>>) -> io::Result<T> {
+    thread.join().unwrap_or_else(|_| Err(panicked()))
+}
+
+fn panicked() -> io::Error {
+    io::Error::other("a thread in the namespace panicked")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[tokio::test]
     async fn a_thread_enters_and_the_caller_stays() {
-        let own = NamespaceId::of(std::process::id()).unwrap();
+        let own = Namespace::of(std::process::id()).unwrap().id();
         let other = thread::spawn(|| {
             nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();
             Namespace::open(Path::new("/proc/thread-self/ns/net")).unwrap()
         });
         let other = other.join().unwrap();
         assert_ne!(other.id(), own);
-        let inside = || NamespaceId::at(Path::new("/proc/thread-self/ns/net")).unwrap();
+        let inside = || {
+            let entered = Namespace::open(Path::new("/proc/thread-self/ns/net"));
+            entered.unwrap().id()
+        };
         assert_eq!(other.enter(inside).unwrap(), other.id());
         assert_eq!(other.run(inside).await.unwrap(), other.id());
         assert_eq!(inside(), own);

@@ -136,7 +136,7 @@ impl Net {
     /// Adds a veth pair; the end outside has a `p` before its name.
     fn add_veth(&self, inside: &Namespace, name: &str, mtu: u32) {
         let namespace = inside.file().as_raw_fd().to_ne_bytes();
-        let peer = link(0, UP)
+        let peer = link(0, 0)
             .with_text(IFLA_IFNAME, name)
             .with(IFLA_ADDRESS, &MAC)
             .with(IFLA_MTU, &mtu.to_ne_bytes())
@@ -150,6 +150,9 @@ impl Net {
             .with(IFLA_MTU, &mtu.to_ne_bytes())
             .with_nested(IFLA_LINKINFO, info);
         order(&self.outside, libc::RTM_NEWLINK, CREATE, request);
+        // Not before the other end is there.
+        let up = link(index(inside, name), UP);
+        order(inside, libc::RTM_SETLINK, 0, up);
     }
 
     fn add_vlan(&self, above: &str, name: &str) {
