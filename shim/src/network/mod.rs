@@ -549,7 +549,7 @@ impl Network {
         };
         let request = NetworkRequest {
             container_id: container.to_owned(),
-            interfaces: self.nics.iter().filter_map(|nic| nic.now(&found)).collect(),
+            interfaces: self.interfaces(&found),
             addresses: found.addresses.clone(),
             routes: found.routes.clone(),
             rules: found.rules.clone(),
@@ -576,6 +576,23 @@ impl Network {
         Ok(())
     }
 
+    /// What the guest is told of its interfaces.
+    fn interfaces(&self, found: &Scan) -> Vec<GuestInterface> {
+        let interfaces = found.interfaces.iter().filter_map(|interface| {
+            let has = |nic: &&Nic| nic.interface.index == interface.index;
+            let nic = self.nics.iter().find(has)?;
+            Some(GuestInterface {
+                index: interface.index,
+                name: interface.name.clone(),
+                device: nic_device(nic.slot),
+                mtu: interface.mtu.into(),
+                up: interface.up,
+                ..GuestInterface::default()
+            })
+        });
+        interfaces.collect()
+    }
+
     /// Lets port-forward reach the guest. A container works without that.
     async fn open_ports(&mut self, pod: &Arc<Pod>) {
         match Ports::open(&self.namespace, pod, &self.members).await {
@@ -595,25 +612,6 @@ impl Network {
         for nic in std::mem::take(&mut self.nics) {
             self.detach(pod, &nic).await;
         }
-    }
-}
-
-impl Nic {
-    /// What the guest is told of it.
-    fn now(&self, found: &Scan) -> Option<GuestInterface> {
-        let index = self.interface.index;
-        let now = found
-            .interfaces
-            .iter()
-            .find(|interface| interface.index == index)?;
-        Some(GuestInterface {
-            index,
-            name: now.name.clone(),
-            device: nic_device(self.slot),
-            mtu: now.mtu.into(),
-            up: now.up,
-            ..GuestInterface::default()
-        })
     }
 }
 

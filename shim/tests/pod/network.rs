@@ -51,7 +51,6 @@ const IFLA_LINKINFO: u16 = 18;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
-const IFLA_VLAN_ID: u16 = 1;
 const VETH_INFO_PEER: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const RTA_OIF: u16 = 4;
@@ -155,14 +154,11 @@ impl Net {
         order(inside, libc::RTM_SETLINK, 0, up);
     }
 
-    fn add_vlan(&self, above: &str, name: &str) {
-        let data = Payload::default().with(IFLA_VLAN_ID, &5u16.to_ne_bytes());
-        let info = Payload::default()
-            .with_text(IFLA_INFO_KIND, "vlan")
-            .with_nested(IFLA_INFO_DATA, data);
+    fn add_macvlan(&self, on: &str, name: &str) {
+        let info = Payload::default().with_text(IFLA_INFO_KIND, "macvlan");
         let request = link(0, UP)
             .with_text(IFLA_IFNAME, name)
-            .with(IFLA_LINK, &index(&self.inside, above).to_ne_bytes())
+            .with(IFLA_LINK, &index(&self.inside, on).to_ne_bytes())
             .with_nested(IFLA_LINKINFO, info);
         order(&self.inside, libc::RTM_NEWLINK, CREATE, request);
     }
@@ -483,11 +479,11 @@ pub async fn refused() {
 pub async fn unsupported() {
     let net = Net::new();
     net.add_veth(&net.inside, "eth0", 1500);
-    net.add_vlan("eth0", "eth0.5");
+    net.add_macvlan("eth0", "above");
     let containerd = Containerd::new("normal").await;
-    let wanted = "The network interface eth0.5 cannot be given to a guest: it is built on another";
+    let wanted = "The network interface above cannot be given to a guest: it is built on another";
     start_fails(&containerd, &net, wanted).await;
-    net.remove("eth0.5");
+    net.remove("above");
     for number in 1..9 {
         net.add_veth(&net.inside, &format!("eth{number}"), 1500);
     }
