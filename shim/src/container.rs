@@ -25,6 +25,7 @@ use crate::{
     errors::{TaskError, timestamp},
     events::{Event, Events},
     hooks,
+    network::{Membership, NetworkError, Networks},
     pod::Pod,
     process::{Phase, Process},
     rootfs::Rootfs,
@@ -60,6 +61,8 @@ pub struct Host {
     pub pod_cgroup: Option<PathBuf>,
     /// The VM.
     pub pod: Arc<Pod>,
+    /// What the VM's containers have of the host's network namespaces.
+    pub networks: Arc<Networks>,
     /// containerd's ear.
     pub events: Events,
     /// Parent of all processes.
@@ -69,6 +72,8 @@ pub struct Host {
 /// What a container has beside its processes, in the order in which it is released.
 #[derive(Debug, Default)]
 pub struct Resources {
+    /// The network, from the start on.
+    pub network: Option<Membership>,
     /// The agent knows the container.
     pub in_guest: bool,
     /// What the guest sees of the host.
@@ -82,6 +87,9 @@ pub struct Resources {
 impl Resources {
     /// Gives everything back. What fails is logged, and the rest still done.
     pub async fn release(&mut self, host: &Host, id: &str) {
+        if let Some(membership) = self.network.take() {
+            host.networks.leave(&membership).await;
+        }
         if std::mem::take(&mut self.in_guest)
             && let Some(agent) = host.pod.ready_agent()
             && let Err(error) = agent.delete(id, "").await
@@ -199,6 +207,10 @@ impl Container {
         if let Err(error) = self.try_start().await {
             self.init.not_started();
             self.kill_created().await;
+            let membership = self.resources.lock().await.network.take();
+            if let Some(membership) = membership {
+                self.host.networks.leave(&membership).await;
+            }
             return Err(error);
         }
         let pid = self.init.pid();
@@ -219,11 +231,29 @@ impl Container {
 
     async fn try_start(&self) -> Result<(), TaskError> {
         self.init.open_input()?;
+        self.join_network().await?;
         let hooks = self.spec.hooks_of(|hooks| &hooks.start_container);
         let agent = self.agent().await?;
         match agent.start(&self.id, hooks::time(hooks)).await {
             Ok(()) => Ok(()),
             Err(error) => Err(self.explained(error).await),
+        }
+    }
+
+    /// Gives the container the network that the host has set up for it.
+    async fn join_network(&self) -> Result<(), TaskError> {
+        let Some(path) = self.spec.network_namespace() else {
+            return Ok(());
+        };
+        let by_path = !path.as_os_str().is_empty();
+        let joining = self.host.networks.join(&self.id, &self.init, by_path);
+        match joining.await {
+            Ok(membership) => {
+                self.resources.lock().await.network = Some(membership);
+                Ok(())
+            }
+            Err(NetworkError::Agent(error)) => Err(self.explained(error).await),
+            Err(error) => Err(error.into()),
         }
     }
 

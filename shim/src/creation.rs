@@ -19,6 +19,7 @@ use crate::{
     errors::TaskError,
     events::Event,
     hooks,
+    network::namespace::Namespace,
     pod::PodError,
     process::Process,
     rootfs::Rootfs,
@@ -95,17 +96,30 @@ pub async fn create(
 }
 
 impl Neighbourhood {
-    /// The namespaces of other containers that a spec asks for.
-    fn joined_by(&self, spec: &Spec) -> Vec<JoinedNamespace> {
+    /// The namespaces of other containers that a spec asks for, and whose anchor is the process
+    /// `anchor`.
+    fn joined_by(&self, spec: &Spec, anchor: u32) -> Vec<JoinedNamespace> {
         let named = spec.namespaces_of_processes();
-        let joined = named.filter_map(|(kind, pid)| {
-            Some(JoinedNamespace {
-                type_: kind.to_owned(),
-                container_id: self.containers.get(&pid)?.clone(),
-                ..JoinedNamespace::default()
-            })
+        let named = named.filter(|(kind, _)| *kind != "network");
+        let named = named.filter_map(|(kind, pid)| Some((kind, self.containers.get(&pid)?)));
+        let network = self.in_the_network_of(anchor).map(|id| ("network", id));
+        let joined = named.chain(network).map(|(kind, id)| JoinedNamespace {
+            type_: kind.to_owned(),
+            container_id: id.clone(),
+            ..JoinedNamespace::default()
         });
         joined.collect()
+    }
+
+    /// Who is in the same network namespace on the host, by whatever path it came there.
+    fn in_the_network_of(&self, anchor: u32) -> Option<&String> {
+        if self.containers.is_empty() {
+            return None;
+        }
+        let own = Namespace::of(anchor).ok()?;
+        let same = |pid: u32| Namespace::of(pid).is_ok_and(|other| other.id() == own.id());
+        let found = self.containers.iter().find(|(pid, _)| same(**pid));
+        found.map(|(_, id)| id)
     }
 }
 
@@ -168,7 +182,7 @@ async fn build(
         Anchor::start(&host.reaper, &anchors, &network, &request.id),
         host.pod.agent(),
     );
-    let anchor = progress.anchor.insert(anchor?);
+    let pid = progress.anchor.insert(anchor?).pid();
     let agent = agent?;
     let Some(confinement) = host.pod.confinement() else {
         return Err(PodError::Ended("it has no VMM".into()).into());
@@ -176,7 +190,7 @@ async fn build(
 
     if spec.has_early_hooks() {
         rootfs.show(bundle, &confinement.state_dir).await?;
-        run_early_hooks(host, &spec, request, anchor.pid()).await?;
+        run_early_hooks(host, &spec, request, pid).await?;
     }
 
     let shares = &mut progress.resources.shares;
@@ -205,7 +219,7 @@ async fn build(
         rootfs_share,
         shared_mounts,
         stdio: MessageField::some(stdio),
-        joined_namespaces: neighbourhood.joined_by(&spec),
+        joined_namespaces: neighbourhood.joined_by(&spec, pid),
         apparmor_policy,
         bundle: request.bundle.clone(),
         create_container_hooks,

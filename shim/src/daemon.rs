@@ -25,6 +25,7 @@ use crate::{
     container::Host,
     events::Events,
     logging,
+    network::Networks,
     options::Options,
     pod::{Pod, PodSettings},
     privileges,
@@ -120,11 +121,13 @@ pub fn run(settings: Daemon, spec: &Spec, listener: net::UnixListener) -> ExitCo
     };
     let served = runtime.block_on(async {
         let reaper = Reaper::start().map_err(DaemonError::Runtime)?;
+        // First of all: the VM boots while containerd connects.
+        let pod = Pod::boot(pod_settings, reaper.clone(), timeline);
         let host = Arc::new(Host {
             namespace: settings.namespace.clone(),
             pod_cgroup: host_cgroup,
-            // First of all: the VM boots while containerd connects.
-            pod: Pod::boot(pod_settings, reaper.clone(), timeline),
+            networks: Networks::new(pod.clone()),
+            pod,
             events: Events::start(settings.namespace),
             reaper,
         });

@@ -16,7 +16,8 @@ use thiserror::Error;
 
 use crate::{
     address::Address, args::Arguments, cgroup, child::KILLED, config::Config, errors::timestamp,
-    mounts::unmount_all, options::Options, overlay::Overlay, rootfs, spec::Spec, state, view,
+    mounts::unmount_all, network, options::Options, overlay::Overlay, rootfs, spec::Spec, state,
+    view,
 };
 
 /// How long killed processes may take to end. containerd gives the whole command five seconds.
@@ -66,6 +67,12 @@ fn clean(arguments: &Arguments, bundle: &Path) {
     if let Ok(path) = cgroup::directory(spec.cgroups_path(), &arguments.namespace, &arguments.id) {
         // The VMM and the anchors have died with the shim; this waits for it.
         cgroup::destroy(&path, PROCESSES_DEADLINE);
+    }
+    if let Some(path) = spec.network_namespace()
+        && !path.as_os_str().is_empty()
+    {
+        // The taps have gone with the VMM.
+        network::clean_up(path);
     }
     unmount_all(&bundle.join(rootfs::DIRECTORY));
     if let Some(root) = &spec.root

@@ -8,8 +8,8 @@ use ttrpc::{Code, error::get_rpc_status};
 
 use crate::{
     agent_client::AgentError, anchor::AnchorError, apparmor::ApparmorError, cgroup::CgroupError,
-    hooks::HookError, pod::PodError, rootfs::RootfsError, shares::ShareError, spec::SpecError,
-    stdio::StdioError, text,
+    hooks::HookError, network::NetworkError, pod::PodError, rootfs::RootfsError,
+    shares::ShareError, spec::SpecError, stdio::StdioError, text,
 };
 
 /// Why a call of the task API failed.
@@ -57,6 +57,9 @@ pub enum TaskError {
     /// The AppArmor profile cannot be had.
     #[error(transparent)]
     Apparmor(#[from] ApparmorError),
+    /// The network cannot be had.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// A hook failed.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -73,13 +76,17 @@ impl TaskError {
             Self::Unsupported(_) | Self::Rootfs(RootfsError::Unsupported(_)) => Code::UNIMPLEMENTED,
             Self::Cgroup(CgroupError::NotV2 | CgroupError::Path(_)) => Code::FAILED_PRECONDITION,
             Self::Apparmor(_) => Code::FAILED_PRECONDITION,
-            Self::Agent(error) => error.code(),
+            Self::Network(NetworkError::TooMany(_) | NetworkError::Unsupported { .. }) => {
+                Code::FAILED_PRECONDITION
+            }
+            Self::Agent(error) | Self::Network(NetworkError::Agent(error)) => error.code(),
             Self::Pod(_)
             | Self::Rootfs(_)
             | Self::Share(_)
             | Self::Cgroup(_)
             | Self::Anchor(_)
             | Self::Stdio(_)
+            | Self::Network(_)
             | Self::Hook(_) => Code::UNKNOWN,
         }
     }

@@ -120,7 +120,7 @@ async fn run_one(hook: &Hook, state: &State<'_>, reaper: &Reaper) -> Result<(), 
         .stdout(Stdio::null())
         .stderr(their_errors);
     // SAFETY: it makes system calls only, and neither allocates nor takes a lock.
-    unsafe { command.pre_exec(|| Ok(privileges::find_hook()?)) };
+    unsafe { command.pre_exec(|| Ok(privileges::reach_processes()?)) };
     let child = reaper.spawn(&mut command).map_err(failed)?;
     drop(command);
     let mut our_input = pipe::Sender::from_owned_fd(our_input.into()).map_err(failed)?;

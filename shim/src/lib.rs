@@ -35,6 +35,7 @@ pub mod ids;
 pub mod info;
 pub mod logging;
 pub mod mounts;
+pub mod network;
 pub mod options;
 pub mod overlay;
 pub mod pod;

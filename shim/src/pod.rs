@@ -8,7 +8,7 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
@@ -30,6 +30,7 @@ use crate::{
     config::{Config, ConfigError},
     deadline::timeout,
     ids::{IdClaim, IdError},
+    network::scan::Interface,
     spec::Cpu,
     state::{StateDirectory, StateError},
     streams::Streams,
@@ -136,6 +137,7 @@ pub struct Pod {
     state: watch::Sender<State>,
     belongings: Mutex<Belongings>,
     confinement: OnceLock<Confinement>,
+    queue_pairs: OnceLock<u8>,
     streams: Arc<Streams>,
     timeline: Arc<Timeline>,
 }
@@ -147,6 +149,7 @@ impl Pod {
             state: watch::Sender::new(State::Booting),
             belongings: Mutex::default(),
             confinement: OnceLock::new(),
+            queue_pairs: OnceLock::new(),
             streams: Streams::new(),
             timeline,
         });
@@ -221,6 +224,7 @@ impl Pod {
         };
         // A pod is started once.
         let _ = self.confinement.set(confinement);
+        let _ = self.queue_pairs.set(config.vm().queue_pairs());
         self.timeline.reached(Phase::PodIdentified);
         let guest = verified(&config).await?;
         if let Some(error) = &guest.cache_error {
@@ -428,6 +432,32 @@ impl Pod {
             name: name.to_owned(),
         };
         self.order(&request, &[]).await
+    }
+
+    /// Queue pairs of each network interface.
+    pub fn queue_pairs(&self) -> u8 {
+        self.queue_pairs.get().copied().unwrap_or(1)
+    }
+
+    /// Connects an interface with the guest, by the queues of its tap.
+    pub async fn attach_nic(
+        &self,
+        slot: u8,
+        interface: &Interface,
+        queues: &[OwnedFd],
+    ) -> Result<(), VmmError> {
+        let request = Request::AttachNic {
+            slot,
+            mac: interface.mac,
+            mtu: interface.mtu,
+        };
+        let queues: Vec<BorrowedFd> = queues.iter().map(AsFd::as_fd).collect();
+        self.order(&request, &queues).await
+    }
+
+    /// Takes it away. Afterwards the VMM holds nothing of it.
+    pub async fn detach_nic(&self, slot: u8) -> Result<(), VmmError> {
+        self.order(&Request::DetachNic { slot }, &[]).await
     }
 
     /// Asks the VMM for something. One that does not answer is ended, so that its shares and containers

@@ -10,7 +10,8 @@ use rustix::{
 
 /// What a shim works with: mounts, namespaces and idmaps (`SYS_ADMIN`, `SETUID`, `SETGID`), the files
 /// that overlayfs changes in its name (`CHOWN` to `SETFCAP`) and finds again by their handles
-/// (`DAC_READ_SEARCH`), children of other users (`KILL`), and their OOM preference (`SYS_RESOURCE`).
+/// (`DAC_READ_SEARCH`), children of other users (`KILL`), their OOM preference (`SYS_RESOURCE`), and taps and filters in the
+/// network namespaces of pods (`NET_ADMIN`).
 pub const SHIM: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::DAC_READ_SEARCH)
@@ -20,12 +21,14 @@ pub const SHIM: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETUID)
     .union(CapabilitySet::SETFCAP)
+    .union(CapabilitySet::NET_ADMIN)
     .union(CapabilitySet::SYS_ADMIN)
     .union(CapabilitySet::SYS_RESOURCE);
 
 /// What a shim may take on for a moment: a hook may be the executable of a process (Docker's is
-/// `/proc/PID/exe`), and the link leads only who has all that the process has, or this.
-const FOR_HOOKS: CapabilitySet = CapabilitySet::SYS_PTRACE;
+/// `/proc/PID/exe`), and the link leads only who has all that the process has, or this. So it is with
+/// the network namespace of an anchor, which got all capabilities at its execution.
+const FOR_PROCESSES: CapabilitySet = CapabilitySet::SYS_PTRACE;
 
 /// Leaves the calling thread, and those that it starts, with the capabilities of a shim.
 ///
@@ -38,13 +41,13 @@ pub fn restrict() -> Result<()> {
     let permitted = before.permitted;
     set(
         permitted.intersection(SHIM),
-        permitted.intersection(SHIM.union(FOR_HOOKS)),
+        permitted.intersection(SHIM.union(FOR_PROCESSES)),
     )
 }
 
-/// Takes on what it needs to find the executable of a hook. For a child before execve(2): it makes
-/// system calls only.
-pub fn find_hook() -> Result<()> {
+/// Takes on what it needs to find the executable of a hook or the namespace of an anchor, for the
+/// calling thread. A child may call it before execve(2): it makes system calls only.
+pub fn reach_processes() -> Result<()> {
     let permitted = rustix::thread::capabilities(None)?.permitted;
     set(permitted, permitted)
 }

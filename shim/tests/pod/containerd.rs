@@ -180,6 +180,15 @@ impl Containerd {
         nix::unistd::mkfifo(&log, nix::sys::stat::Mode::S_IRWXU).unwrap();
     }
 
+    /// Puts the container of a bundle into the network namespace at a path.
+    pub fn set_network(&self, id: &str, path: &str) {
+        let config = self.bundle(id).join("config.json");
+        let spec = fs::read_to_string(&config).unwrap();
+        let mut spec: serde_json::Value = serde_json::from_str(&spec).unwrap();
+        spec["linux"]["namespaces"][0]["path"] = path.into();
+        fs::write(config, spec.to_string()).unwrap();
+    }
+
     /// Runs the shim's executable as containerd does.
     pub fn run_shim(&self, id: &str, action: &str, prepare: fn() -> std::io::Result<()>) -> Output {
         let mut command = Command::new(SHIM);

@@ -21,9 +21,9 @@ use async_trait::async_trait;
 use bulkhead_agent_api::{
     AGENT_PORT, STREAM_PORT,
     messages::{
-        ContainerRequest, CreateContainerRequest, Empty, ExecRequest, InfoRequest, InfoResponse,
-        OomRequest, OomResponse, ProcessRequest, ResizePtyRequest, SignalRequest, StatsResponse,
-        Stdio, UpdateRequest, WaitResponse,
+        ConnectRequest, ContainerRequest, CreateContainerRequest, Empty, ExecRequest, InfoRequest,
+        InfoResponse, NetworkRequest, OomRequest, OomResponse, ProcessRequest, ResizePtyRequest,
+        SignalRequest, StatsResponse, Stdio, UpdateRequest, WaitResponse,
     },
     service::{Agent, create_agent},
 };
@@ -31,9 +31,10 @@ use bulkhead_vmm_control::{
     CONTROL_FD, Channel, Counters, Event, FromVmm, Packet, Reply, Request, StopReason,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt, unix::AsyncFd},
     net::{UnixStream, unix::pipe},
     sync::watch,
+    task::JoinHandle,
 };
 use ttrpc::{
     Code,
@@ -48,6 +49,21 @@ pub const REACHED: &str = "reached";
 
 /// FIFO from which each answer to the step takes a byte first.
 pub const RELEASE: &str = "release";
+
+/// FIFO to which a line of JSON goes for all that the agent is told of the network.
+pub const NETWORK: &str = "network";
+
+/// EtherType of frames that the guest sends back: one for experiments.
+pub const ECHO: [u8; 2] = [0x88, 0xb5];
+
+/// Bytes before each frame of a tap.
+const HEADER: usize = 12;
+
+/// The port of a container's loopback interface at which somebody listens, and echoes.
+pub const OPEN_PORT: u32 = 7;
+
+/// What the guest asks the name server, by UDP and by TCP.
+pub const QUESTIONS: [&[u8]; 2] = [b"by UDP", b"by TCP"];
 
 /// The step at which the fake waits for the test, if there is one.
 struct Steps {
@@ -180,6 +196,7 @@ fn serve(channel: Arc<Channel>, steps: &Arc<Steps>) {
             shares: shares.clone(),
             steps: steps.clone(),
             processes: Mutex::default(),
+            resolver: Mutex::default(),
         };
         let connections = futures::StreamExt::chain(
             futures::stream::iter([Ok(stream)]),
@@ -191,6 +208,8 @@ fn serve(channel: Arc<Channel>, steps: &Arc<Steps>) {
         server.start().await.unwrap();
         server
     });
+    let refuses_nics = channel_refuses(steps);
+    let mut nics: HashMap<u8, Vec<JoinHandle<()>>> = HashMap::new();
     while let Ok(Some(Packet { message, mut fds })) = channel.receive::<Request>() {
         steps.pass(match message {
             Request::Share { .. } => "Share",
@@ -210,11 +229,49 @@ fn serve(channel: Arc<Channel>, steps: &Arc<Steps>) {
                 assert!(known, "{name} is no share");
                 reply(&channel, Reply::Done);
             }
-            Request::AttachNic { .. } | Request::DetachNic { .. } => {
+            Request::AttachNic { .. } if refuses_nics => {
+                reply(&channel, Reply::Failed("no device for it".into()));
+            }
+            Request::AttachNic { slot, .. } => {
+                assert!(!fds.is_empty());
+                let queues = fds.drain(..).map(|queue| runtime.spawn(echo(queue)));
+                let attached = nics.insert(slot, queues.collect());
+                assert!(attached.is_none(), "{slot} is taken");
+                reply(&channel, Reply::Done);
+            }
+            Request::DetachNic { slot } => {
+                for queue in nics.remove(&slot).unwrap() {
+                    queue.abort();
+                    let _ = runtime.block_on(queue);
+                }
                 reply(&channel, Reply::Done);
             }
             Request::Counters => reply(&channel, Reply::Counters(Counters::default())),
             Request::Boot(_) => panic!("booted twice"),
+        }
+    }
+}
+
+fn channel_refuses(steps: &Steps) -> bool {
+    fs::read_to_string(steps.directory.join("scenario")).unwrap() == "no nics"
+}
+
+/// Sends frames of [`ECHO`] back to whom they came from.
+async fn echo(queue: OwnedFd) {
+    let queue = fs::File::from(queue);
+    // SAFETY: a file keeps its one descriptor open as long as it lives.
+    let queue = unsafe { AsyncFd::register(queue) }.unwrap();
+    let mut frame = [0; 4096];
+    loop {
+        let mut ready = queue.readable().await.unwrap();
+        let Ok(read) = ready.try_io(|queue| queue.get_ref().read(&mut frame)) else {
+            continue;
+        };
+        let length = read.unwrap();
+        if frame[HEADER + 12..][..2] == ECHO {
+            let (to, from) = frame[HEADER..][..12].split_at_mut(6);
+            to.swap_with_slice(from);
+            queue.get_ref().write_all(&frame[..length]).unwrap();
         }
     }
 }
@@ -234,6 +291,7 @@ struct FakeAgent {
     shares: Shares,
     steps: Arc<Steps>,
     processes: Mutex<HashMap<(String, String), Process>>,
+    resolver: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl FakeAgent {
@@ -272,6 +330,34 @@ impl FakeAgent {
         let key = (id.to_owned(), exec.to_owned());
         self.processes.lock().unwrap().insert(key, process.clone());
         process
+    }
+
+    /// Asks the host's name server, and tells the test of the answers.
+    async fn ask(&self, token: &[u8]) {
+        let mut stream = connect(&self.channel, STREAM_PORT);
+        stream.write_all(token).await.unwrap();
+        for (kind, question) in (0..).zip(QUESTIONS) {
+            let mut frame = vec![kind, 0, kind, 0, u8::try_from(question.len()).unwrap()];
+            frame.extend(question);
+            stream.write_all(&frame).await.unwrap();
+        }
+        let network = self.steps.directory.join(NETWORK);
+        let answers = tokio::spawn(async move {
+            let mut header = [0; 5];
+            while stream.read_exact(&mut header).await.is_ok() {
+                let mut answer = vec![0; usize::from(header[4])];
+                stream.read_exact(&mut answer).await.unwrap();
+                tell(
+                    &network,
+                    &serde_json::json!({
+                        "tcp": header[0] == 1,
+                        "number": header[2],
+                        "answer": String::from_utf8(answer).unwrap(),
+                    }),
+                );
+            }
+        });
+        *self.resolver.lock().unwrap() = Some(answers);
     }
 
     fn find(&self, id: &str, exec: &str) -> ttrpc::Result<Process> {
@@ -334,6 +420,13 @@ impl FakeAgent {
                 first
             });
         });
+    }
+}
+
+fn tell(fifo: &Path, what: &serde_json::Value) {
+    if fifo.exists() {
+        let fifo = fs::File::options().write(true).open(fifo);
+        writeln!(fifo.unwrap(), "{what}").unwrap();
     }
 }
 
@@ -486,6 +579,48 @@ impl Agent for FakeAgent {
         if resources["pids"]["limit"] == 13 {
             return Err(get_rpc_status(Code::INVALID_ARGUMENT, "not this one"));
         }
+        Ok(Empty::new())
+    }
+
+    async fn set_network(&self, _: &TtrpcContext, request: NetworkRequest) -> ttrpc::Result<Empty> {
+        self.steps.pass_async("SetNetwork").await;
+        self.find(&request.container_id, "")?;
+        let interfaces = request.interfaces.iter().map(|interface| {
+            serde_json::json!({
+                "index": interface.index, "name": interface.name, "device": interface.device,
+                "mtu": interface.mtu, "up": interface.up,
+            })
+        });
+        let told = serde_json::json!({
+            "container": request.container_id,
+            "interfaces": interfaces.collect::<Vec<_>>(),
+            "addresses": request.addresses,
+            "routes": request.routes,
+            "rules": request.rules,
+            "neighbours": request.neighbours,
+            "resolver": !request.resolver.is_empty(),
+        });
+        tell(&self.steps.directory.join(NETWORK), &told);
+        if !request.resolver.is_empty() {
+            self.ask(&request.resolver).await;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<Empty> {
+        self.steps.pass_async("Connect").await;
+        self.find(&request.container_id, "")?;
+        if request.port != OPEN_PORT || request.ipv6 {
+            return Err(get_rpc_status(Code::UNAVAILABLE, "nobody listens"));
+        }
+        let mut stream = connect(&self.channel, STREAM_PORT);
+        stream.write_all(&request.token).await.unwrap();
+        tokio::spawn(async move {
+            // Answers when all has been said.
+            let mut said = Vec::new();
+            stream.read_to_end(&mut said).await.unwrap();
+            stream.write_all(&said).await.unwrap();
+        });
         Ok(Empty::new())
     }
 

@@ -10,6 +10,7 @@ mod faults;
 mod lifecycle;
 mod machine;
 mod mounted;
+mod network;
 mod stuck;
 
 use std::{future::Future, process::ExitCode};
@@ -61,6 +62,27 @@ fn single() -> Vec<Trial> {
         trial(
             "a_mounted_root_is_uncovered_after_a_killed_shim",
             mounted::shim_killed,
+        ),
+        trial("a_network_is_what_the_namespace_has", network::follows),
+        trial(
+            "interfaces_that_come_before_the_start_are_there",
+            network::before_the_start,
+        ),
+        trial(
+            "a_network_that_is_refused_fails_the_start",
+            network::refused,
+        ),
+        trial(
+            "what_a_guest_cannot_have_fails_the_start",
+            network::unsupported,
+        ),
+        trial("a_killed_shims_filters_are_removed", network::shim_killed),
+        trial("containers_of_a_namespace_share_a_network", network::shared),
+        trial("ports_are_forwarded_from_localhost", network::ports),
+        trial("names_are_asked_for_on_the_host", network::names),
+        trial(
+            "the_hosts_own_packets_stay_the_hosts",
+            network::hosts_sockets,
         ),
         trial("a_killed_vmm_releases_everybody", crashes::vmm_killed),
         trial("a_killed_anchor_kills_its_process", crashes::anchor_killed),

@@ -126,12 +126,12 @@ pub const ANCHOR: &[Row] = &[
 pub const SHIM: &[Row] = &[
     row(
         "capabilities, effective",
-        "chown dac_override dac_read_search fowner fsetid kill setgid setuid sys_admin sys_resource setfcap",
+        "chown dac_override dac_read_search fowner fsetid kill setgid setuid net_admin sys_admin sys_resource setfcap",
         |t| t.capabilities("CapEff"),
     ),
     row(
         "capabilities, permitted",
-        "chown dac_override dac_read_search fowner fsetid kill setgid setuid sys_ptrace sys_admin sys_resource setfcap",
+        "chown dac_override dac_read_search fowner fsetid kill setgid setuid net_admin sys_ptrace sys_admin sys_resource setfcap",
         |t| t.capabilities("CapPrm"),
     ),
     row("capabilities, inheritable", NONE, |t| {
