@@ -16,8 +16,8 @@ use thiserror::Error;
 
 use super::{
     devices::Devices,
-    items::{Item, Kind, LOOPBACK},
-    netlink::{LinkLocal, Refusal, Rtnetlink},
+    items::{Item, Kind, LOOPBACK, is_kernel_route},
+    netlink::{Link, LinkLocal, Refusal, Rtnetlink},
 };
 
 /// Longest name of an interface, in bytes: `IFNAMSIZ` - 1.
@@ -93,6 +93,9 @@ fn interfaces(names: &[String]) -> String {
 pub struct Wanted {
     interfaces: Vec<Interface>,
     items: Vec<Item>,
+    /// Whether the routes that the host's kernel made by itself are among them. There are always
+    /// some of the loopback interface.
+    kernel_routes: bool,
 }
 
 impl Wanted {
@@ -128,16 +131,18 @@ impl Wanted {
         }
         // Stable: the host's order is kept otherwise.
         items.sort_by_key(|item| (item.kind, item.has_gateway()));
+        // The host tells its user of interfaces that the guest does not have.
         let known: HashSet<u32> = all().map(|one| one.index).chain([LOOPBACK]).collect();
-        for item in &items {
-            if let Some(index) = item.indices().iter().find(|index| !known.contains(index)) {
-                let item = item.describe();
-                return Err(NetworkError::Invalid(format!(
-                    "{item} belongs to interface {index}, which is not among the interfaces"
-                )));
-            }
+        items.retain(|item| item.indices().iter().all(|index| known.contains(index)));
+        for item in &mut items {
+            let owner = all().find(|one| item.indices() == [one.index]);
+            item.without_label(owner.map_or("lo", |owner| owner.name.as_str()));
         }
-        Ok(Self { interfaces, items })
+        Ok(Self {
+            interfaces,
+            items,
+            kernel_routes: request.routes.iter().any(|route| is_kernel_route(route)),
+        })
     }
 
     /// The platform devices of the interfaces.
@@ -150,8 +155,9 @@ impl Wanted {
         all.find(|one| one.device == known.device && one.index == known.host)
     }
 
-    fn has_route_of(&self, address: &Item) -> bool {
-        self.items.iter().any(|item| item.is_route_of(address))
+    /// Whether somebody has taken away the route that the host's kernel made with an address.
+    fn lacks_route_of(&self, address: &Item) -> bool {
+        self.kernel_routes && !self.items.iter().any(|item| item.is_route_of(address))
     }
 }
 
@@ -391,18 +397,19 @@ impl Made {
                 links.insert(known.host, link);
             }
         }
-        let loopback = [(LOOPBACK, LOOPBACK)];
-        let there = links.iter().map(|(host, link)| (*host, link.index));
-        let there: HashMap<u32, u32> = there.chain(loopback).collect();
-        let up = links.iter().filter(|(_, link)| link.up);
-        let up = up.map(|(host, link)| (*host, link.index));
-        let up: HashMap<u32, u32> = up.chain(loopback).collect();
+        if let Some(link) = place.loopback()? {
+            links.insert(LOOPBACK, link);
+        }
+        let indices = |suits: fn(&Link, &Item) -> bool, item: &Item| {
+            let suiting = links.iter().filter(|(_, link)| suits(link, item));
+            suiting.map(|(host, link)| (*host, link.index)).collect()
+        };
+        // The container may have taken an interface down, or away, or turned IPv6 off.
         let usable = |item: &Item| match item.kind {
-            Kind::Address | Kind::Rule => item.translate(&there),
-            Kind::Route | Kind::Neighbour => item.translate(&up),
+            Kind::Address | Kind::Rule => item.translate(&indices(Link::takes, item)),
+            Kind::Route | Kind::Neighbour => item.translate(&indices(Link::carries, item)),
         };
         for kind in Kind::ALL {
-            // The container may have taken an interface down, or away.
             let all = wanted.items.iter().filter(|item| item.kind == kind);
             let mut pending = all.filter_map(|item| Some((item, usable(item)?))).collect();
             loop {
@@ -458,10 +465,6 @@ impl Made {
         let flags = creation(item, is_known);
         let made = item.kind.made_by();
         match place.inside.request(made, flags, &translated.bytes()) {
-            // IPv6 is off there by a sysctl of the container.
-            Err(refusal) if item.is_ipv6() && refusal.errno() == Some(libc::EACCES) => {
-                return Ok(());
-            }
             Err(refusal) if refusal.errno() != Some(libc::EEXIST) => return Err(refusal),
             _ => {}
         }
@@ -551,9 +554,32 @@ impl Place<'_> {
         Ok(())
     }
 
-    fn link(&self, known: &Known) -> Result<Option<super::netlink::Link>, NetworkError> {
+    fn link(&self, known: &Known) -> Result<Option<Link>, NetworkError> {
         let link = self.inside.link(known.guest);
         link.map_err(known.failed("look at"))
+    }
+
+    fn loopback(&self) -> Result<Option<Link>, NetworkError> {
+        let link = self.inside.link(LOOPBACK);
+        link.map_err(failed("look at", "lo", "loopback"))
+    }
+}
+
+impl Link {
+    /// Whether an address can be given to it.
+    fn takes(&self, item: &Item) -> bool {
+        !item.is_ipv6() || self.has_ipv6()
+    }
+
+    /// Whether packets can leave it.
+    fn carries(&self, item: &Item) -> bool {
+        self.up && self.takes(item)
+    }
+
+    /// Asks the namespace that the calling thread is in.
+    fn has_ipv6(&self) -> bool {
+        let path = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.name);
+        std::fs::read_to_string(path).is_ok_and(|off| off.trim() == "0")
     }
 }
 
@@ -565,7 +591,7 @@ fn prepared(item: &Item, translated: Item, wanted: &Wanted) -> Item {
     let mut interfaces = wanted.interfaces.iter();
     let up = interfaces.any(|one| one.up && item.indices() == [one.index]);
     let translated = translated.without_detection();
-    match up && item.brings_route() && !wanted.has_route_of(item) {
+    match up && item.brings_route() && wanted.lacks_route_of(item) {
         true => translated.without_route(),
         false => translated,
     }
