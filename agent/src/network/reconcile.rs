@@ -5,9 +5,10 @@
 //! the host does not change the same.
 
 use std::{
-    collections::{HashMap, HashSet},
-    io,
+    collections::{BTreeMap, HashMap, HashSet},
+    fs, io,
     os::fd::{AsRawFd, BorrowedFd},
+    path::Path,
 };
 
 use bulkhead_agent_api::messages::{Interface, NetworkRequest};
@@ -19,6 +20,7 @@ use super::{
     items::{Item, Kind, LOOPBACK, is_kernel_route},
     netlink::{Link, LinkLocal, Refusal, Rtnetlink},
 };
+use crate::stage::settings::sysctl_interface;
 
 /// Longest name of an interface, in bytes: `IFNAMSIZ` - 1.
 const NAME_MAX: usize = 15;
@@ -222,6 +224,8 @@ pub struct Place<'a> {
     pub namespace: BorrowedFd<'a>,
     /// Devices whose interfaces were put into other namespaces, dead or alive.
     pub elsewhere: &'a HashSet<String>,
+    /// Sysctls of interfaces, by their paths below /proc/sys.
+    pub sysctls: &'a BTreeMap<String, String>,
 }
 
 /// What was made in one network namespace.
@@ -532,10 +536,26 @@ impl Place<'_> {
             .link_named(name)
             .and_then(|link| link.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV).into()));
         known.guest = found.map_err(known.failed("find"))?.index;
+        self.set_sysctls(name)?;
         let set = self.inside.set_mtu(known.guest, interface.mtu);
         set.map_err(known.failed("set the MTU of"))?;
         if interface.up {
             self.set_up(known, true)?;
+        }
+        Ok(())
+    }
+
+    /// Gives a new interface what a container's spec wants for it.
+    fn set_sysctls(&self, name: &str) -> Result<(), NetworkError> {
+        let of_it = |path: &str| sysctl_interface(path) == Some(name);
+        for (path, value) in self.sysctls.iter().filter(|(path, _)| of_it(path)) {
+            let written = fs::write(Path::new("/proc/sys").join(path), value);
+            written.map_err(|error| NetworkError::Item {
+                step: "set",
+                item: format!("sysctl {path} to {value:?}"),
+                names: vec![name.to_owned()],
+                source: error.into(),
+            })?;
         }
         Ok(())
     }
@@ -579,7 +599,7 @@ impl Link {
     /// Asks the namespace that the calling thread is in.
     fn has_ipv6(&self) -> bool {
         let path = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.name);
-        std::fs::read_to_string(path).is_ok_and(|off| off.trim() == "0")
+        fs::read_to_string(path).is_ok_and(|off| off.trim() == "0")
     }
 }
 

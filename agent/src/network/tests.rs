@@ -3,7 +3,7 @@
 
 use std::{
     cell::RefCell,
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
@@ -175,6 +175,7 @@ struct Test {
     made: Made,
     attached: HashSet<String>,
     elsewhere: HashSet<String>,
+    sysctls: BTreeMap<String, String>,
 }
 
 impl Test {
@@ -186,6 +187,7 @@ impl Test {
             made: Made::default(),
             attached: HashSet::new(),
             elsewhere: HashSet::new(),
+            sysctls: BTreeMap::new(),
         }
     }
 
@@ -198,6 +200,7 @@ impl Test {
         let outside = self.agent.inside(|| Rtnetlink::open().unwrap());
         let (made, attached) = (&mut self.made, &mut self.attached);
         let (agent, elsewhere) = (self.agent.path(), &self.elsewhere);
+        let sysctls = &self.sysctls;
         let namespace = &self.container;
         namespace.inside(move || {
             let inside = Rtnetlink::open().unwrap();
@@ -211,6 +214,7 @@ impl Test {
                 inside: &inside,
                 namespace: namespace.0.as_fd(),
                 elsewhere,
+                sysctls,
             };
             let result = made.reconcile(&place, &wanted);
             *attached = devices.attached.into_inner();
@@ -464,6 +468,25 @@ fn a_container_without_ipv6_gets_the_rest() {
     let state = test.container.run("ip addr");
     assert!(
         state.contains("10.0.0.2/24") && !state.contains("inet6"),
+        "{state}"
+    );
+    // Of one interface alone.
+    let mut test = Test {
+        container: Net::new(),
+        made: Made::default(),
+        elsewhere: HashSet::from(["1".to_owned()]),
+        ..test
+    };
+    let path = "net/ipv6/conf/eth0/disable_ipv6".to_owned();
+    test.sysctls.insert(path, "1".to_owned());
+    test.set(&test.host.dump(&[("eth0", "1")])).unwrap();
+    let state = test
+        .container
+        .run("ip addr show dev eth0; ip addr show dev lo");
+    assert!(
+        state.contains("10.0.0.2/24")
+            && !state.contains("inet6 2001")
+            && state.contains("inet6 ::1"),
         "{state}"
     );
 }

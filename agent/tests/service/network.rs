@@ -28,10 +28,10 @@ fn request(id: &str) -> NetworkRequest {
 
 /// A container that runs a script after it has been told to go on.
 async fn started(host: &Host, script: &str) -> Ends {
-    let mut ends = host
-        .create("c1", &spec(&format!("echo up; {script}")))
-        .await
-        .unwrap();
+    let mut spec = spec(&format!("echo up; {script}"));
+    // Of an interface that comes later, or never.
+    spec["linux"]["sysctl"] = json!({"net.ipv4.conf.eth0.rp_filter": "2"});
+    let mut ends = host.create("c1", &spec).await.unwrap();
     host.start_container("c1").await.unwrap();
     ends.expect("up\n").await;
     ends
@@ -91,6 +91,10 @@ async fn an_interface_gets_into_its_container() {
         out.contains("inet 10.0.0.2/24") && out.contains("mtu 1400"),
         "{out}"
     );
+    let filter = inside(&host, || {
+        fs::read_to_string("/proc/sys/net/ipv4/conf/eth0/rp_filter")
+    });
+    assert_eq!(filter.unwrap(), "2\n");
     network.interfaces[0].device = "../../x".to_owned();
     let (code, text) = status(host.client.set_network(deadline(), &network).await);
     assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
