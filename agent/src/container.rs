@@ -29,6 +29,7 @@ use crate::{
         mounts,
         namespaces::{self, flag},
         protocol::{CreateTask, IdMappings, Request, Task},
+        settings::{sysctl_interface, sysctl_path},
     },
 };
 
@@ -56,6 +57,8 @@ pub struct Container {
     /// Of its own process, and of an exec'd one that names none.
     apparmor_profile: Option<String>,
     init: Arc<Process>,
+    /// Of network interfaces, by their paths below /proc/sys.
+    interface_sysctls: Vec<(String, String)>,
     /// Its processes are in another container's PID namespace.
     shares_pids: bool,
     /// Present until the container is started.
@@ -97,6 +100,11 @@ impl Container {
         let linux = spec.linux().as_ref();
         let seccomp = linux.and_then(|linux| linux.seccomp().clone());
         let personality = linux.and_then(|linux| linux.personality().clone());
+        let sysctls = linux.and_then(|linux| linux.sysctl().as_ref());
+        let sysctls = sysctls.into_iter().flatten();
+        let sysctls = sysctls.map(|(name, value)| (sysctl_path(name), value.clone()));
+        let interface_sysctls = sysctls.filter(|(path, _)| sysctl_interface(path).is_some());
+        let interface_sysctls = interface_sysctls.collect();
         let users = neighbours.users(&spec);
         let shares_pids = neighbours.kinds().contains(&LinuxNamespaceType::Pid);
         let mut network = match neighbours.kinds().contains(&LinuxNamespaceType::Network) {
@@ -156,6 +164,7 @@ impl Container {
                 users,
                 apparmor_profile,
                 init: Arc::new(init),
+                interface_sysctls,
                 shares_pids,
                 waiting: AsyncMutex::new(Some(channel)),
                 execs: Mutex::default(),
@@ -193,6 +202,11 @@ impl Container {
     /// Its own process.
     pub fn init(&self) -> &OwnedFd {
         self.init.pidfd()
+    }
+
+    /// The spec's sysctls of network interfaces, by their paths below /proc/sys.
+    pub fn interface_sysctls(&self) -> &[(String, String)] {
+        &self.interface_sysctls
     }
 
     /// Starts the container's process.

@@ -104,6 +104,8 @@ impl State {
         match created.await {
             Ok(container) => {
                 let container = Arc::new(container);
+                let sysctls = container.interface_sysctls();
+                self.network.expect(container.init(), sysctls).await;
                 self.containers().insert(id, Some(Arc::clone(&container)));
                 tokio::spawn(async move { container.end_with_init().await });
                 Ok(())

@@ -18,6 +18,7 @@ const INET6: u8 = 10;
 // include/uapi/linux/if_addr.h
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
+const IFA_LABEL: u16 = 3;
 const IFA_CACHEINFO: u16 = 6;
 const IFA_FLAGS: u16 = 8;
 const IFA_F_NODAD: u32 = 0x02;
@@ -46,7 +47,10 @@ const RTM_F_CLONED: u32 = 0x200;
 /// The flags of a next hop that are not its state: PERVASIVE and ONLINK.
 const RTNH_F_WANTED: u8 = 0x02 | 0x04;
 
-/// `FIB_RULE_INVERT`, include/uapi/linux/fib_rules.h: the only flag that is not a rule's state.
+// include/uapi/linux/fib_rules.h
+const FRA_PRIORITY: u16 = 6;
+const FRA_PROTOCOL: u16 = 21;
+/// The only flag that is not a rule's state.
 const FIB_RULE_INVERT: u32 = 0x02;
 
 // include/uapi/linux/neighbour.h
@@ -144,6 +148,14 @@ impl Item {
                 item.read_route()?;
             }
             Kind::Rule => {
+                let by = item.message.get(FRA_PROTOCOL);
+                if by.is_some_and(|by| by.value == [RTPROT_KERNEL]) {
+                    return Ok(None);
+                }
+                // Not told when it is 0, and chosen by the kernel when it is not told.
+                if item.message.get(FRA_PRIORITY).is_none() {
+                    item.message.set(FRA_PRIORITY, &[0; 4]);
+                }
                 let flags = item.number_at(8) & FIB_RULE_INVERT;
                 item.set_number_at(8, flags);
             }
@@ -165,6 +177,15 @@ impl Item {
             self.message.set(IFA_CACHEINFO, &lifetimes);
         }
         self.set_flags(flags & !IFA_F_STATE);
+    }
+
+    /// Leaves out a label that is only the interface's name, which may change.
+    pub fn without_label(&mut self, name: &str) {
+        let label = self.message.get(IFA_LABEL);
+        let label = label.map(|label| label.value.strip_suffix(&[0]).unwrap_or(&label.value));
+        if self.kind == Kind::Address && label == Some(name.as_bytes()) {
+            self.drop_attributes(&[IFA_LABEL]);
+        }
     }
 
     fn read_route(&mut self) -> Result<(), Malformed> {
@@ -340,6 +361,11 @@ impl Item {
     }
 }
 
+/// Whether a route is one that a kernel has made.
+pub fn is_kernel_route(bytes: &[u8]) -> bool {
+    bytes.get(5) == Some(&RTPROT_KERNEL)
+}
+
 /// The network that an address is in.
 fn masked(address: &[u8], mut length: u8) -> Vec<u8> {
     let bytes = address.iter().map(|byte| {
@@ -404,5 +430,92 @@ impl Message {
             rest = &mut rest[next..];
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod properties {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::network::netlink::{Attribute, emit};
+
+    fn attribute() -> impl Strategy<Value = Attribute> {
+        // Beyond what any kernel has, and without those that are looked into.
+        let value = proptest::collection::vec(any::<u8>(), 0..40);
+        (100_u16..0x3fff, value).prop_map(|(kind, value)| Attribute::new(kind, value))
+    }
+
+    fn hop(index: u32, inner: &[Attribute]) -> Vec<u8> {
+        let inner = emit(inner);
+        let length = u16::try_from(8 + inner.len()).unwrap();
+        [
+            &length.to_ne_bytes()[..],
+            &[4, 1],
+            &index.to_ne_bytes(),
+            &inner,
+        ]
+        .concat()
+    }
+
+    prop_compose! {
+        fn route()(
+            unknown in proptest::collection::vec(attribute(), 0..6),
+            hops in proptest::collection::vec((1_u32..5, attribute()), 0..4),
+            oif in 1_u32..5,
+        ) -> Vec<u8> {
+            // A route of a user in table main.
+            let header = vec![INET, 0, 0, 0, 254, 4, 0, RTN_UNICAST, 4, 0, 0, 0];
+            let mut attributes = unknown;
+            attributes.push(Attribute::new(RTA_OIF, oif.to_ne_bytes()));
+            if !hops.is_empty() {
+                let hops = hops.iter().map(|(index, inner)| hop(*index, std::slice::from_ref(inner)));
+                attributes.push(Attribute::new(RTA_MULTIPATH, hops.collect::<Vec<_>>().concat()));
+            }
+            Message { header, attributes }.bytes()
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(
+            bytes in proptest::collection::vec(any::<u8>(), 0..200),
+        ) {
+            for kind in Kind::ALL {
+                if let Ok(Some(item)) = Item::read(kind, &bytes) {
+                    let same = item.indices().into_iter().map(|one| (one, one)).collect();
+                    prop_assert_eq!(item.translate(&same), Some(item.clone()));
+                    item.describe();
+                    item.link_local();
+                }
+            }
+        }
+
+        #[test]
+        fn what_is_unknown_survives(bytes in route()) {
+            let item = Item::read(Kind::Route, &bytes).unwrap().unwrap();
+            prop_assert_eq!(item.bytes(), bytes);
+        }
+
+        #[test]
+        fn indices_are_replaced_everywhere_and_nothing_else_is(bytes in route()) {
+            let item = Item::read(Kind::Route, &bytes).unwrap().unwrap();
+            let there: HashMap<u32, u32> = (1..5).map(|index| (index, 0x0101_0100 + index)).collect();
+            let back = there.iter().map(|(from, to)| (*to, *from)).collect();
+            let translated = item.translate(&there).unwrap();
+            prop_assert!(translated.indices().iter().all(|index| *index > 0x0101_0100));
+            prop_assert_eq!(translated.indices().len(), item.indices().len());
+            prop_assert_eq!(translated.bytes().len(), bytes.len());
+            prop_assert_eq!(translated.translate(&back), Some(item));
+        }
+
+        #[test]
+        fn a_missing_interface_is_noticed(bytes in route()) {
+            let item = Item::read(Kind::Route, &bytes).unwrap().unwrap();
+            for gone in item.indices() {
+                let others = (1..5).filter(|index| *index != gone).map(|index| (index, index));
+                prop_assert_eq!(item.translate(&others.collect()), None);
+            }
+        }
     }
 }

@@ -16,7 +16,7 @@ mod resolver;
 mod tests;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
 };
@@ -52,9 +52,23 @@ struct State {
 struct Namespace {
     made: Made,
     resolver: Option<Resolver>,
+    /// Sysctls that interfaces get when they come.
+    sysctls: BTreeMap<String, String>,
 }
 
 impl Network {
+    /// Takes note of sysctls, by their paths below /proc/sys, for interfaces that come to the
+    /// namespace of a process. Those that are there have them already.
+    pub async fn expect(&self, process: &OwnedFd, sysctls: &[(String, String)]) {
+        // A process that has ended expects nothing.
+        let namespace = namespace_of(process).and_then(|namespace| identity(&namespace));
+        if let (Ok(key), false) = (namespace, sysctls.is_empty()) {
+            let mut state = self.state.lock().await;
+            let entry = state.namespaces.entry(key).or_default();
+            entry.sysctls.extend(sysctls.iter().cloned());
+        }
+    }
+
     /// Makes the namespace of a process have what the host has in its own.
     pub async fn set(
         &self,
@@ -76,6 +90,7 @@ impl Network {
             false => Some(dial(&guest.transport, &request.resolver).await?),
         };
         let mut made = std::mem::take(&mut entry.made);
+        let sysctls = entry.sysctls.clone();
         let mut elsewhere = state.left.clone();
         let others = state.namespaces.values();
         elsewhere.extend(others.flat_map(|other| other.made.devices().map(str::to_owned)));
@@ -92,6 +107,7 @@ impl Network {
                     inside: &Rtnetlink::open().map_err(failed)?,
                     namespace: namespace.as_fd(),
                     elsewhere: &elsewhere,
+                    sysctls: &sysctls,
                 };
                 let failed = NetworkError::system("listen on port 53 of 127.0.0.11");
                 let sockets = answers.then(Sockets::bind).transpose().map_err(failed)?;

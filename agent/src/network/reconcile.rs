@@ -5,9 +5,10 @@
 //! the host does not change the same.
 
 use std::{
-    collections::{HashMap, HashSet},
-    io,
+    collections::{BTreeMap, HashMap, HashSet},
+    fs, io,
     os::fd::{AsRawFd, BorrowedFd},
+    path::Path,
 };
 
 use bulkhead_agent_api::messages::{Interface, NetworkRequest};
@@ -16,9 +17,10 @@ use thiserror::Error;
 
 use super::{
     devices::Devices,
-    items::{Item, Kind, LOOPBACK},
-    netlink::{LinkLocal, Refusal, Rtnetlink},
+    items::{Item, Kind, LOOPBACK, is_kernel_route},
+    netlink::{Link, LinkLocal, Refusal, Rtnetlink},
 };
+use crate::stage::settings::sysctl_interface;
 
 /// Longest name of an interface, in bytes: `IFNAMSIZ` - 1.
 const NAME_MAX: usize = 15;
@@ -93,6 +95,9 @@ fn interfaces(names: &[String]) -> String {
 pub struct Wanted {
     interfaces: Vec<Interface>,
     items: Vec<Item>,
+    /// Whether the routes that the host's kernel made by itself are among them. There are always
+    /// some of the loopback interface.
+    kernel_routes: bool,
 }
 
 impl Wanted {
@@ -128,16 +133,18 @@ impl Wanted {
         }
         // Stable: the host's order is kept otherwise.
         items.sort_by_key(|item| (item.kind, item.has_gateway()));
+        // The host tells its user of interfaces that the guest does not have.
         let known: HashSet<u32> = all().map(|one| one.index).chain([LOOPBACK]).collect();
-        for item in &items {
-            if let Some(index) = item.indices().iter().find(|index| !known.contains(index)) {
-                let item = item.describe();
-                return Err(NetworkError::Invalid(format!(
-                    "{item} belongs to interface {index}, which is not among the interfaces"
-                )));
-            }
+        items.retain(|item| item.indices().iter().all(|index| known.contains(index)));
+        for item in &mut items {
+            let owner = all().find(|one| item.indices() == [one.index]);
+            item.without_label(owner.map_or("lo", |owner| owner.name.as_str()));
         }
-        Ok(Self { interfaces, items })
+        Ok(Self {
+            interfaces,
+            items,
+            kernel_routes: request.routes.iter().any(|route| is_kernel_route(route)),
+        })
     }
 
     /// The platform devices of the interfaces.
@@ -150,8 +157,9 @@ impl Wanted {
         all.find(|one| one.device == known.device && one.index == known.host)
     }
 
-    fn has_route_of(&self, address: &Item) -> bool {
-        self.items.iter().any(|item| item.is_route_of(address))
+    /// Whether somebody has taken away the route that the host's kernel made with an address.
+    fn lacks_route_of(&self, address: &Item) -> bool {
+        self.kernel_routes && !self.items.iter().any(|item| item.is_route_of(address))
     }
 }
 
@@ -216,6 +224,8 @@ pub struct Place<'a> {
     pub namespace: BorrowedFd<'a>,
     /// Devices whose interfaces were put into other namespaces, dead or alive.
     pub elsewhere: &'a HashSet<String>,
+    /// Sysctls of interfaces, by their paths below /proc/sys.
+    pub sysctls: &'a BTreeMap<String, String>,
 }
 
 /// What was made in one network namespace.
@@ -391,18 +401,19 @@ impl Made {
                 links.insert(known.host, link);
             }
         }
-        let loopback = [(LOOPBACK, LOOPBACK)];
-        let there = links.iter().map(|(host, link)| (*host, link.index));
-        let there: HashMap<u32, u32> = there.chain(loopback).collect();
-        let up = links.iter().filter(|(_, link)| link.up);
-        let up = up.map(|(host, link)| (*host, link.index));
-        let up: HashMap<u32, u32> = up.chain(loopback).collect();
+        if let Some(link) = place.loopback()? {
+            links.insert(LOOPBACK, link);
+        }
+        let indices = |suits: fn(&Link, &Item) -> bool, item: &Item| {
+            let suiting = links.iter().filter(|(_, link)| suits(link, item));
+            suiting.map(|(host, link)| (*host, link.index)).collect()
+        };
+        // The container may have taken an interface down, or away, or turned IPv6 off.
         let usable = |item: &Item| match item.kind {
-            Kind::Address | Kind::Rule => item.translate(&there),
-            Kind::Route | Kind::Neighbour => item.translate(&up),
+            Kind::Address | Kind::Rule => item.translate(&indices(Link::takes, item)),
+            Kind::Route | Kind::Neighbour => item.translate(&indices(Link::carries, item)),
         };
         for kind in Kind::ALL {
-            // The container may have taken an interface down, or away.
             let all = wanted.items.iter().filter(|item| item.kind == kind);
             let mut pending = all.filter_map(|item| Some((item, usable(item)?))).collect();
             loop {
@@ -458,10 +469,6 @@ impl Made {
         let flags = creation(item, is_known);
         let made = item.kind.made_by();
         match place.inside.request(made, flags, &translated.bytes()) {
-            // IPv6 is off there by a sysctl of the container.
-            Err(refusal) if item.is_ipv6() && refusal.errno() == Some(libc::EACCES) => {
-                return Ok(());
-            }
             Err(refusal) if refusal.errno() != Some(libc::EEXIST) => return Err(refusal),
             _ => {}
         }
@@ -529,10 +536,26 @@ impl Place<'_> {
             .link_named(name)
             .and_then(|link| link.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV).into()));
         known.guest = found.map_err(known.failed("find"))?.index;
+        self.set_sysctls(name)?;
         let set = self.inside.set_mtu(known.guest, interface.mtu);
         set.map_err(known.failed("set the MTU of"))?;
         if interface.up {
             self.set_up(known, true)?;
+        }
+        Ok(())
+    }
+
+    /// Gives a new interface what a container's spec wants for it.
+    fn set_sysctls(&self, name: &str) -> Result<(), NetworkError> {
+        let of_it = |path: &str| sysctl_interface(path) == Some(name);
+        for (path, value) in self.sysctls.iter().filter(|(path, _)| of_it(path)) {
+            let written = fs::write(Path::new("/proc/sys").join(path), value);
+            written.map_err(|error| NetworkError::Item {
+                step: "set",
+                item: format!("sysctl {path} to {value:?}"),
+                names: vec![name.to_owned()],
+                source: error.into(),
+            })?;
         }
         Ok(())
     }
@@ -551,9 +574,32 @@ impl Place<'_> {
         Ok(())
     }
 
-    fn link(&self, known: &Known) -> Result<Option<super::netlink::Link>, NetworkError> {
+    fn link(&self, known: &Known) -> Result<Option<Link>, NetworkError> {
         let link = self.inside.link(known.guest);
         link.map_err(known.failed("look at"))
+    }
+
+    fn loopback(&self) -> Result<Option<Link>, NetworkError> {
+        let link = self.inside.link(LOOPBACK);
+        link.map_err(failed("look at", "lo", "loopback"))
+    }
+}
+
+impl Link {
+    /// Whether an address can be given to it.
+    fn takes(&self, item: &Item) -> bool {
+        !item.is_ipv6() || self.has_ipv6()
+    }
+
+    /// Whether packets can leave it.
+    fn carries(&self, item: &Item) -> bool {
+        self.up && self.takes(item)
+    }
+
+    /// Asks the namespace that the calling thread is in.
+    fn has_ipv6(&self) -> bool {
+        let path = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.name);
+        fs::read_to_string(path).is_ok_and(|off| off.trim() == "0")
     }
 }
 
@@ -565,7 +611,7 @@ fn prepared(item: &Item, translated: Item, wanted: &Wanted) -> Item {
     let mut interfaces = wanted.interfaces.iter();
     let up = interfaces.any(|one| one.up && item.indices() == [one.index]);
     let translated = translated.without_detection();
-    match up && item.brings_route() && !wanted.has_route_of(item) {
+    match up && item.brings_route() && wanted.lacks_route_of(item) {
         true => translated.without_route(),
         false => translated,
     }

@@ -3,7 +3,7 @@
 
 use std::{
     cell::RefCell,
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
@@ -63,12 +63,13 @@ impl Net {
             let socket = Rtnetlink::open().unwrap();
             let interfaces = interfaces.iter().map(|(name, device)| {
                 let link = socket.link_named(name).unwrap().unwrap();
-                let mtu = run_here(&format!("cat /sys/class/net/{name}/mtu 2>/dev/null || ip -o link show {name} | sed 's/.* mtu \\([0-9]*\\).*/\\1/'"));
+                let mtu = run_here(&format!("ip -o link show {name}"));
+                let mtu = mtu.split(" mtu ").nth(1).unwrap().split(' ').next();
                 Interface {
                     index: link.index,
                     name: link.name,
                     device: (*device).to_owned(),
-                    mtu: mtu.trim().parse().unwrap(),
+                    mtu: mtu.unwrap().parse().unwrap(),
                     up: link.up,
                     ..Interface::default()
                 }
@@ -174,6 +175,7 @@ struct Test {
     made: Made,
     attached: HashSet<String>,
     elsewhere: HashSet<String>,
+    sysctls: BTreeMap<String, String>,
 }
 
 impl Test {
@@ -185,6 +187,7 @@ impl Test {
             made: Made::default(),
             attached: HashSet::new(),
             elsewhere: HashSet::new(),
+            sysctls: BTreeMap::new(),
         }
     }
 
@@ -197,6 +200,7 @@ impl Test {
         let outside = self.agent.inside(|| Rtnetlink::open().unwrap());
         let (made, attached) = (&mut self.made, &mut self.attached);
         let (agent, elsewhere) = (self.agent.path(), &self.elsewhere);
+        let sysctls = &self.sysctls;
         let namespace = &self.container;
         namespace.inside(move || {
             let inside = Rtnetlink::open().unwrap();
@@ -210,6 +214,7 @@ impl Test {
                 inside: &inside,
                 namespace: namespace.0.as_fd(),
                 elsewhere,
+                sysctls,
             };
             let result = made.reconcile(&place, &wanted);
             *attached = devices.attached.into_inner();
@@ -243,8 +248,13 @@ const HOST: &str = "
 #[test]
 fn a_namespace_gets_what_the_host_has() {
     let mut test = Test::new();
+    // Its addresses are the host's at once, for the comparison.
+    test.host.inside(|| {
+        std::fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0").unwrap();
+    });
     // Other indices than in the container's namespace.
-    test.host.run("ip link add a type veth peer name b");
+    test.host
+        .run("ip link add other0 type veth peer name other1");
     test.host_interface("net1", "2");
     test.host_interface("eth0", "1");
     test.host.run(HOST);
@@ -254,7 +264,7 @@ fn a_namespace_gets_what_the_host_has() {
     test.set(&request).unwrap();
     let (host, container) = (test.host.state(), test.container.state());
     let only_there = |line: &str| {
-        ["eth0-peer", "net1-peer", "@", "NO-CARRIER"]
+        ["eth0-peer", "net1-peer", "other", "@", "NO-CARRIER"]
             .iter()
             .any(|one| line.contains(one))
     };
@@ -277,6 +287,8 @@ fn a_namespace_gets_what_the_host_has() {
     let links = test.container.run("ip addr show");
     assert!(!links.contains("tentative"), "{links}");
     assert!(links.contains("mtu 1400"), "{links}");
+    let address = test.container.run("ip addr show dev net1");
+    assert!(address.contains("noprefixroute"), "{address}");
     // Nothing happens when nothing changes.
     let before = test
         .container
@@ -308,8 +320,10 @@ fn changes_are_made_one_by_one() {
         ip link set x name eth1 mtu 1280; ip link set eth1 up
         ip addr add 10.0.0.9/24 dev eth1; ip route add default via 10.1.0.1",
     );
-    test.host
-        .run("ip addr del 10.0.0.2/24 dev eth1; ip addr add 10.0.0.3/24 dev eth1 || true");
+    test.host.run(
+        "ip addr del 10.0.0.2/24 dev eth1; ip addr add 10.0.0.3/24 dev eth1
+        ip addr add 10.0.0.9/24 dev eth1",
+    );
     test.set(&test.host.dump(&[("eth1", "1"), ("eth0", "2")]))
         .unwrap();
     let state = test.container.run("ip addr show; ip route show");
@@ -375,9 +389,6 @@ fn a_failure_names_the_step_and_leaves_no_interface() {
     assert!(error.starts_with("failed to make route 10."), "{error}");
     assert!(error.contains(" of interface eth0: "), "{error}");
     assert!(test.attached.is_empty());
-    request = test.host.dump(&[]);
-    let error = test.set(&request).unwrap_err().to_string();
-    assert!(error.contains("not among the interfaces"), "{error}");
     // And all is well after that.
     test.set(&test.host.dump(&[("eth0", "1")])).unwrap();
     assert!(
@@ -458,5 +469,43 @@ fn a_container_without_ipv6_gets_the_rest() {
     assert!(
         state.contains("10.0.0.2/24") && !state.contains("inet6"),
         "{state}"
+    );
+    // Of one interface alone.
+    let mut test = Test {
+        container: Net::new(),
+        made: Made::default(),
+        elsewhere: HashSet::from(["1".to_owned()]),
+        ..test
+    };
+    let path = "net/ipv6/conf/eth0/disable_ipv6".to_owned();
+    test.sysctls.insert(path, "1".to_owned());
+    test.set(&test.host.dump(&[("eth0", "1")])).unwrap();
+    let state = test
+        .container
+        .run("ip addr show dev eth0; ip addr show dev lo");
+    assert!(
+        state.contains("10.0.0.2/24")
+            && !state.contains("inet6 2001")
+            && state.contains("inet6 ::1"),
+        "{state}"
+    );
+}
+
+#[test]
+fn routes_of_the_kernel_may_be_left_to_it() {
+    let mut test = Test::new();
+    test.host_interface("eth0", "1");
+    test.host.run(
+        "ip link set eth0 up; ip addr add 10.0.0.2/24 dev eth0; ip route add default via 10.0.0.1",
+    );
+    let mut request = test.host.dump(&[("eth0", "1")]);
+    request
+        .routes
+        .retain(|route| !super::items::is_kernel_route(route));
+    test.set(&request).unwrap();
+    let routes = test.container.run("ip route");
+    assert!(
+        routes.contains("10.0.0.0/24 dev eth0 proto kernel"),
+        "{routes}"
     );
 }

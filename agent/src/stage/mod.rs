@@ -20,7 +20,7 @@ pub mod root;
 mod rootfs;
 pub mod scheduling;
 pub mod seccomp;
-mod settings;
+pub mod settings;
 mod unknown_calls;
 mod users;
 

@@ -1,6 +1,6 @@
 //! Single settings of a process and of its namespaces.
 
-use std::{ffi::CString, fs, io, os::fd::OwnedFd};
+use std::{ffi::CString, fs, io, os::fd::OwnedFd, path::Path};
 
 use nix::sys::{
     personality::Persona,
@@ -83,17 +83,38 @@ pub fn sysctls(spec: &Spec) -> Result<(), StageError> {
         .as_ref()
         .and_then(|linux| linux.sysctl().as_ref());
     for (name, value) in sysctls.into_iter().flatten() {
-        // With a slash in it the name is a path already, in which dots are dots.
-        let path = if name.contains('/') {
-            name.clone()
-        } else {
-            name.replace('.', "/")
-        };
-        fs::write(format!("/proc/sys/{path}"), value).map_err(StageError::system(format!(
-            "set sysctl {name} to {value:?}"
-        )))?;
+        let path = sysctl_path(name);
+        match fs::write(Path::new("/proc/sys").join(&path), value) {
+            // It is set when the interface comes.
+            Err(error)
+                if error.kind() == io::ErrorKind::NotFound && sysctl_interface(&path).is_some() => {
+            }
+            result => result.map_err(StageError::system(format!(
+                "set sysctl {name} to {value:?}"
+            )))?,
+        }
     }
     Ok(())
+}
+
+/// Where a sysctl is below /proc/sys.
+pub fn sysctl_path(name: &str) -> String {
+    // With a slash in it the name is a path already, in which dots are dots.
+    if name.contains('/') {
+        name.to_owned()
+    } else {
+        name.replace('.', "/")
+    }
+}
+
+/// The network interface that a sysctl belongs to, by its path.
+pub fn sysctl_interface(path: &str) -> Option<&str> {
+    let mut parts = path.split('/');
+    let is_one = parts.next() == Some("net")
+        && matches!(parts.next(), Some("ipv4" | "ipv6" | "mpls"))
+        && matches!(parts.next(), Some("conf" | "neigh"));
+    let interface = parts.next().filter(|_| is_one)?;
+    (!matches!(interface, "all" | "default" | "lo")).then_some(interface)
 }
 
 /// How soon the kernel kills the process for its memory.
@@ -233,4 +254,27 @@ pub fn close_on_exec() -> Result<(), StageError> {
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sysctls_of_interfaces_are_known() {
+        let of = |name: &str| sysctl_interface(&sysctl_path(name)).map(str::to_owned);
+        assert_eq!(of("net.ipv4.conf.eth0.rp_filter").as_deref(), Some("eth0"));
+        assert_eq!(
+            of("net/ipv6/neigh/eth0.7/mcast_solicit").as_deref(),
+            Some("eth0.7")
+        );
+        for name in [
+            "net.ipv4.conf.all.rp_filter",
+            "net.ipv4.ip_forward",
+            "net.ipv6.conf.lo.mtu",
+            "kernel.x",
+        ] {
+            assert_eq!(of(name), None, "{name}");
+        }
+    }
 }

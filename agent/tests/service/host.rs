@@ -32,12 +32,12 @@ use tokio::{
 use ttrpc::{Code, r#async::Client, r#async::transport::Socket, context};
 
 /// For anything that must happen at all; far above what it takes.
-const DEADLINE: Duration = Duration::from_secs(60);
+pub const DEADLINE: Duration = Duration::from_secs(60);
 
-const APPLETS: [&str; 27] = [
+const APPLETS: [&str; 28] = [
     "sh", "cat", "echo", "id", "ls", "true", "false", "sleep", "env", "mount", "hostname", "grep",
     "pwd", "stat", "touch", "kill", "wc", "head", "tr", "ip", "readlink", "dd", "mkdir", "tty",
-    "stty", "umask", "printf",
+    "stty", "umask", "printf", "nc",
 ];
 
 type Waiting = Arc<Mutex<HashMap<Vec<u8>, oneshot::Sender<UnixStream>>>>;
@@ -90,7 +90,8 @@ impl Host {
         self.dir.path().join("shared/root").join(path)
     }
 
-    fn token(&self) -> (Vec<u8>, oneshot::Receiver<UnixStream>) {
+    /// A token, and the stream that will come with it.
+    pub fn token(&self) -> (Vec<u8>, oneshot::Receiver<UnixStream>) {
         let number = self.tokens.fetch_add(1, Ordering::Relaxed);
         let mut token = vec![0; TOKEN_LEN];
         token[..8].copy_from_slice(&number.to_le_bytes());

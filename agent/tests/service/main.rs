@@ -6,6 +6,7 @@ mod host;
 mod identity;
 mod limits;
 mod namespaces;
+mod network;
 
 use bulkhead_agent_api::messages::{
     CreateContainerRequest, InfoRequest, SharedMount, SignalRequest,
