@@ -3,6 +3,7 @@
 use std::{
     env,
     ffi::OsStr,
+    fs::OpenOptions,
     io,
     process::{Command, Stdio},
     time::Duration,
@@ -15,7 +16,7 @@ use super::{
     report::Outcome,
     with_runtime,
 };
-use crate::child::Reaper;
+use crate::{child::Reaper, network::tap};
 
 /// The first Linux with identity-mapped mounts of overlayfs layers.
 const MIN_LINUX: (u32, u32) = (5, 19);
@@ -145,6 +146,25 @@ pub fn landlock(machine: &Machine) -> Result<Outcome, Unreadable> {
             format!("not among the security modules: {modules}"),
             format!("boot with lsm=landlock,{modules} on the kernel's command line"),
         ),
+    })
+}
+
+/// Pods can have network interfaces.
+pub fn tun(machine: &Machine) -> Result<Outcome, Unreadable> {
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(machine.path(tap::DEVICE));
+    Ok(match opened {
+        Ok(_) => Outcome::ok("it opens"),
+        Err(error) => {
+            let detail = format!("Cannot open {}: {error}", tap::DEVICE);
+            let fix = match error.kind() {
+                io::ErrorKind::PermissionDenied => "sudo bulkhead check",
+                _ => "modprobe tun, and the line tun in a file of /etc/modules-load.d",
+            };
+            Outcome::failed(detail, fix)
+        }
     })
 }
 
@@ -288,6 +308,15 @@ mod tests {
         assert_eq!(verdict(landlock, path, with), Verdict::Ok);
         assert_eq!(verdict(landlock, path, "capability,yama"), Verdict::Warning);
         assert_eq!(verdict(landlock, "/sys/x", ""), Verdict::Warning);
+    }
+
+    #[test]
+    fn a_missing_tun_is_told() {
+        assert_eq!(verdict(tun, tap::DEVICE, ""), Verdict::Ok);
+        let (_directory, machine) = Machine::of(&[("/dev/null", "")]);
+        let outcome = tun(&machine).unwrap();
+        assert_eq!(outcome.verdict, Verdict::Failed);
+        assert!(outcome.fix.unwrap().starts_with("modprobe tun"));
     }
 
     #[test]

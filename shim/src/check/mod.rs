@@ -39,7 +39,7 @@ const fn check(
 }
 
 /// All items, in the order of the report.
-const CHECKS: [Check; 24] = [
+const CHECKS: [Check; 25] = [
     check("root", &[], host::root),
     check("configuration", &[], installation::configuration),
     check("shim", &[], installation::shim),
@@ -50,6 +50,7 @@ const CHECKS: [Check; 24] = [
     check("user namespaces", &[], host::user_namespaces),
     check("seccomp", &[], host::seccomp),
     check("Landlock", &[], host::landlock),
+    check("/dev/net/tun", &[], host::tun),
     check("containerd", &[], host::containerd),
     check("machine", &[], host::hardware),
     check("/dev/kvm", &[], kvm::device),

@@ -71,11 +71,12 @@ pub enum NetworkError {
         why: &'static str,
     },
     /// There is no tap.
-    #[error("Cannot make a tap beside the network interface {name}: {source}{hint}")]
+    #[error("Cannot make a tap beside the network interface {name}{hint}")]
     Tap {
         /// The interface's name.
         name: String,
         /// The system's error.
+        #[source]
         source: io::Error,
         /// What to do about it.
         hint: &'static str,
@@ -145,8 +146,12 @@ impl Members {
 #[derive(Debug)]
 struct Nic {
     slot: u8,
+    /// As it was when the guest got it.
     interface: Interface,
+    /// Index of the tap.
     tap: u32,
+    /// The tap's MTU.
+    mtu: u16,
 }
 
 impl Nic {
@@ -163,8 +168,8 @@ struct Network {
     namespace: Arc<Namespace>,
     members: Arc<Members>,
     nics: Vec<Nic>,
-    /// What the guest was told last.
-    told: Scan,
+    /// What the guest was told last; `None` when nobody knows how much of it was done.
+    told: Option<Scan>,
     /// What was complained about.
     complaints: BTreeSet<String>,
     /// The namespace was there before its first container.
@@ -273,7 +278,7 @@ impl Networks {
             namespace: Arc::new(namespace),
             members: Arc::default(),
             nics: Vec::new(),
-            told: Scan::default(),
+            told: Some(Scan::default()),
             complaints: BTreeSet::new(),
             by_path,
             resolver: None,
@@ -460,6 +465,7 @@ impl Network {
             slot,
             interface: interface.clone(),
             tap: tap.index,
+            mtu,
         };
         // With its last descriptor the tap goes: the VMM has them from now on.
         if let Err(source) = pod.attach_nic(slot, interface, &tap.queues).await {
@@ -508,36 +514,31 @@ impl Network {
     }
 
     /// Gives taps the MTUs of their interfaces.
-    async fn follow_mtus(&self, found: &Scan) {
-        for nic in &self.nics {
+    async fn follow_mtus(&mut self, found: &Scan) {
+        for nic in &mut self.nics {
             let now = found
                 .interfaces
                 .iter()
                 .find(|interface| interface.index == nic.interface.index);
-            let told = self
-                .told
-                .interfaces
-                .iter()
-                .find(|interface| interface.index == nic.interface.index);
-            let (Some(now), Some(told)) = (now, told) else {
+            let Some(now) = now.filter(|now| now.mtu != nic.mtu) else {
                 continue;
             };
-            if now.mtu == told.mtu {
-                continue;
-            }
             let (tap, mtu) = (nic.tap, now.mtu);
             let set = self
                 .namespace
                 .run(move || tap::set_mtu(&Netlink::open()?, tap, mtu));
-            if let Err(error) = set.await.and_then(|set| set) {
-                tracing::warn!(name = now.name, %error, "Cannot set the MTU of a tap");
+            match set.await.and_then(|set| set) {
+                Ok(()) => nic.mtu = mtu,
+                Err(error) => {
+                    tracing::warn!(name = now.name, %error, "Cannot set the MTU of a tap");
+                }
             }
         }
     }
 
     /// Tells the guest, unless it knows.
     async fn tell(&mut self, pod: &Pod, container: &str, found: Scan) -> Result<(), NetworkError> {
-        if found.is_like(&self.told) {
+        if self.told.as_ref().is_some_and(|told| found.is_like(told)) {
             return Ok(());
         }
         let Some(agent) = pod.ready_agent() else {
@@ -570,9 +571,10 @@ impl Network {
                 }
             })
         });
+        self.told = None;
         agent.set_network(&request).await?;
         self.resolver = resolver;
-        self.told = found;
+        self.told = Some(found);
         Ok(())
     }
 
@@ -625,9 +627,9 @@ enum Made {
 fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-            "; load the kernel module tun: modprobe tun"
+            " (load the kernel module tun: modprobe tun)"
         }
-        Some(libc::EBUSY) => "; another pod has the interface",
+        Some(libc::EBUSY) => " (another pod has the interface)",
         _ => "",
     }
 }

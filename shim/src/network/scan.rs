@@ -1,6 +1,6 @@
 //! What a network namespace has that a guest is to have, too.
 
-use std::{fs, io};
+use std::{fs, io, net::Ipv6Addr};
 
 use super::{
     netlink::{Netlink, Payload, attribute, attributes, number16, number32, text},
@@ -129,7 +129,8 @@ impl Scan {
         }
         let indices: Vec<u32> = self.interfaces.iter().map(|found| found.index).collect();
         let known = |index: Option<u32>| index.is_some_and(|index| indices.contains(&index));
-        self.addresses.retain(|address| known(number32(address, 4)));
+        self.addresses
+            .retain(|address| known(number32(address, 4)) || is_added_to_loopback(address));
         self.routes
             .retain(|route| is_configured(route) && is_reachable(route, known));
         self.rules.retain(|rule| {
@@ -207,10 +208,29 @@ fn is_configured(route: &[u8]) -> bool {
         && flags & RTM_F_CLONED == 0
 }
 
-/// Whether it leads over an interface that the guest has, or over none.
+/// Whether it leads over interfaces that the guest has, or over none.
 fn is_reachable(route: &[u8], known: impl Fn(Option<u32>) -> bool) -> bool {
-    let interface = attribute(&route[ROUTE..], RTA_OIF).and_then(|index| number32(index, 0));
-    interface.is_none_or(|index| index == LOOPBACK || known(Some(index)))
+    let rest = &route[ROUTE..];
+    let one = attribute(rest, RTA_OIF).and_then(|index| number32(index, 0));
+    let mut hops = attribute(rest, RTA_MULTIPATH).unwrap_or_default();
+    let several = std::iter::from_fn(|| {
+        // `struct rtnexthop`
+        let length = usize::from(number16(hops, 0)?).next_multiple_of(4);
+        let index = number32(hops, 4)?;
+        hops = hops.get(length.max(8)..).unwrap_or_default();
+        Some(index)
+    });
+    one.into_iter()
+        .chain(several)
+        .all(|index| index == LOOPBACK || known(Some(index)))
+}
+
+/// Whether an address is one of the loopback interface that it does not have by itself.
+fn is_added_to_loopback(address: &[u8]) -> bool {
+    let value = attribute(address.get(ADDRESS..).unwrap_or_default(), IFA_ADDRESS);
+    let localhost = Ipv6Addr::LOCALHOST.octets();
+    let own = value.is_some_and(|value| value == [127, 0, 0, 1] || value == localhost);
+    number32(address, 4) == Some(LOOPBACK) && !own
 }
 
 /// An interface, whoever's it is to be.
@@ -397,6 +417,39 @@ mod tests {
         assert!(!is_configured(&route(254, RTPROT_RA, 0)));
         assert!(!is_configured(&route(254, 3, RTM_F_CLONED)));
         assert!(!is_configured(&[0; 3]));
+    }
+
+    #[test]
+    fn routes_over_what_the_guest_does_not_have_are_left_out() {
+        let known = |index: Option<u32>| index == Some(7);
+        let over = |index: u8| [8, 0, 4, 0, index, 0, 0, 0];
+        let hops = |first: u8, second: u8| {
+            let mut hops = vec![20, 0, 9, 0];
+            for index in [first, second] {
+                hops.extend([8, 0, 0, 0, index, 0, 0, 0]);
+            }
+            hops
+        };
+        let reachable = |rest: &[u8]| is_reachable(&[&[0; ROUTE], rest].concat(), known);
+        assert!(reachable(&[]) && reachable(&over(7)) && reachable(&over(1)));
+        assert!(reachable(&hops(7, 7)));
+        assert!(!reachable(&over(8)) && !reachable(&hops(7, 8)) && !reachable(&hops(8, 7)));
+    }
+
+    #[test]
+    fn the_loopback_interface_keeps_what_was_added_to_it() {
+        let address = |index: u8, value: &[u8]| {
+            let length = u8::try_from(value.len() + 4).unwrap();
+            [&[2, 32, 0, 0, index, 0, 0, 0, length, 0, 1, 0], value].concat()
+        };
+        assert!(is_added_to_loopback(&address(1, &[10, 0, 0, 1])));
+        assert!(!is_added_to_loopback(&address(1, &[127, 0, 0, 1])));
+        assert!(!is_added_to_loopback(&address(2, &[10, 0, 0, 1])));
+        let mut localhost = [0; 16];
+        localhost[15] = 1;
+        assert!(!is_added_to_loopback(&address(1, &localhost)));
+        localhost[0] = 0xfd;
+        assert!(is_added_to_loopback(&address(1, &localhost)));
     }
 
     #[test]

@@ -29,12 +29,14 @@ use tokio::{
     net::unix::pipe,
     time::timeout,
 };
+use ttrpc::Code;
 
 use crate::{
     containerd::{Containerd, deadline, delete, start, wait, wait_gone},
     crashes::signal,
     fake_vmm::{ECHO, NETWORK, OPEN_PORT, QUESTIONS},
-    lifecycle::{connect, kill, shut_down},
+    lifecycle::{code, connect, kill, shut_down},
+    stuck::HASTE,
 };
 
 /// No event is this long on its way.
@@ -519,6 +521,49 @@ pub async fn shim_killed() {
         for pid in vmms.into_iter().chain([shim]) {
             wait_gone(pid);
         }
+    }
+}
+
+pub async fn killed_half_way() {
+    let (containerd, mut held) = Containerd::held_at("AttachNic").await;
+    let net = Net::new();
+    net.add_veth(&net.inside, "eth0", 1500);
+    let (client, _) = create(&containerd, "pod", &net.path()).await;
+    let shim: i32 = connect(&client).await.try_into().unwrap();
+    let request = start("pod", "");
+    let starting = client.start(deadline(), &request);
+    let killing = async {
+        held.reached().await;
+        assert_eq!(net.queues().len(), 2, "the interface's and the tap's");
+        signal(shim, Signal::SIGKILL);
+        wait_gone(shim);
+    };
+    let (started, ()) = tokio::join!(starting, killing);
+    assert!(started.is_err());
+    let output = containerd.run_shim("pod", "delete", || Ok(()));
+    assert!(output.status.success(), "{output:?}");
+    net.assert_nothing_left();
+    containerd.assert_nothing_left("pod");
+}
+
+pub async fn stuck() {
+    for (step, wanted) in [
+        ("AttachNic", Code::UNKNOWN),
+        ("SetNetwork", Code::DEADLINE_EXCEEDED),
+    ] {
+        let (mut containerd, _held) = Containerd::held_at(step).await;
+        containerd.haste = HASTE;
+        let net = Net::new();
+        net.add_veth(&net.inside, "eth0", 1500);
+        let (client, _) = create(&containerd, "pod", &net.path()).await;
+        let request = start("pod", "");
+        let started = timeout(LIMIT, client.start(deadline(), &request)).await;
+        let started = started.unwrap_or_else(|_| panic!("{step}: Start does not end"));
+        assert_eq!(code(started), wanted, "{step}");
+        net.assert_nothing_left();
+        client.delete(deadline(), &delete("pod", "")).await.unwrap();
+        shut_down(&client).await;
+        containerd.assert_nothing_left("pod");
     }
 }
 
