@@ -327,7 +327,7 @@ impl Service {
     fn list_pids(&self, request: &PidsRequest) -> Result<PidsResponse, TaskError> {
         let container = self.container(&request.id)?;
         let processes = container
-            .running()
+            .processes()
             .iter()
             .map(|process| {
                 let mut info = ProcessInfo {
