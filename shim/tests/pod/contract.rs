@@ -25,6 +25,7 @@ use crate::{
     containerd::{Containerd, SHIM, deadline, delete, start, wait, wait_gone},
     crashes::signal,
     lifecycle::{code, connect, exec, kill, shut_down, state},
+    stuck::HASTE,
 };
 
 const SIGKILL: u32 = 9;
@@ -361,4 +362,23 @@ pub async fn events() {
             "/tasks/delete"
         ]
     );
+}
+
+/// A containerd that is restarted in the middle of the last deletion does not say that the pod is over.
+pub async fn forgotten() {
+    let mut containerd = Containerd::new("normal").await;
+    containerd.haste = HASTE;
+    for (args, created) in [(["sleep"], true), (["unknown"], false)] {
+        containerd.add_bundle("c1", None, &args);
+        let (client, _) = containerd.start_shim("c1").await;
+        let shim = connect(&client).await;
+        let request = containerd.create_request("c1");
+        assert_eq!(client.create(deadline(), &request).await.is_ok(), created);
+        if created {
+            client.delete(deadline(), &delete("c1", "")).await.unwrap();
+        }
+        wait_gone(shim.try_into().unwrap());
+        containerd.assert_nothing_left("c1");
+        fs::remove_dir_all(containerd.bundle("c1")).unwrap();
+    }
 }

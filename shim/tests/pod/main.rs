@@ -64,6 +64,7 @@ fn single() -> Vec<Trial> {
         ),
         trial("options_of_any_type_are_taken", contract::options),
         trial("events_wait_for_containerd", contract::events),
+        trial("a_pod_that_containerd_forgets_ends", contract::forgotten),
         trial("pods_are_shared_by_annotation", lifecycle::groups),
         trial("a_refused_container_leaves_nothing", lifecycle::refused),
         trial("a_paused_container_can_be_killed", adjust::paused),
