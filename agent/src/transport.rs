@@ -19,6 +19,13 @@ use nix::{
 use rustix::fd::AsRawFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, unix::AsyncFd};
 
+/// How long the host may take to accept a connection, in seconds. Linux gives it 2, in which a VMM on a
+/// host that is short of CPU time may not have run at all; whoever dials has a deadline for the whole.
+const CONNECT_TIMEOUT: libc::time_t = 30;
+
+/// `SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD` of linux/vm_sockets.h.
+const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 6;
+
 /// How the host is reached.
 #[derive(Debug)]
 pub enum Transport {
@@ -33,18 +40,43 @@ impl Transport {
     /// connecting: [`connected`] waits for the end of that.
     pub fn dial(&self, port: u32) -> io::Result<OwnedFd> {
         match self {
-            Self::Vsock => begin(AddressFamily::Vsock, &VsockAddr::new(HOST_CID, port)),
-            Self::Unix(dir) => begin(
-                AddressFamily::Unix,
-                &UnixAddr::new(&dir.join(port.to_string()))?,
-            ),
+            Self::Vsock => {
+                let socket = new_socket(AddressFamily::Vsock)?;
+                be_patient(&socket)?;
+                begin(socket, &VsockAddr::new(HOST_CID, port))
+            }
+            Self::Unix(dir) => {
+                let address = UnixAddr::new(&dir.join(port.to_string()))?;
+                begin(new_socket(AddressFamily::Unix)?, &address)
+            }
         }
     }
 }
 
-fn begin(family: AddressFamily, address: &dyn SockaddrLike) -> io::Result<OwnedFd> {
+fn new_socket(family: AddressFamily) -> nix::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(family, SockType::Stream, flags, None)?;
+    socket(family, SockType::Stream, flags, None)
+}
+
+fn be_patient(socket: &OwnedFd) -> io::Result<()> {
+    let limit = libc::timeval {
+        tv_sec: CONNECT_TIMEOUT,
+        tv_usec: 0,
+    };
+    // SAFETY: the kernel reads a structure of this length.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::AF_VSOCK,
+            SO_VM_SOCKETS_CONNECT_TIMEOUT,
+            (&raw const limit).cast(),
+            libc::socklen_t::try_from(size_of_val(&limit)).map_err(io::Error::other)?,
+        )
+    };
+    Ok(Errno::result(set).map(drop)?)
+}
+
+fn begin(socket: OwnedFd, address: &dyn SockaddrLike) -> io::Result<OwnedFd> {
     match connect(socket.as_raw_fd(), address) {
         Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket),
         Err(error) => Err(error.into()),

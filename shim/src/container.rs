@@ -177,14 +177,13 @@ impl Container {
             .ok_or_else(|| TaskError::NotFound(format!("exec {exec_id} of container {}", self.id)))
     }
 
-    /// Those that run.
-    pub fn running(&self) -> Vec<Arc<Process>> {
+    /// Its own process, also when it has ended, and those that run beside it. A containerd that comes
+    /// back deletes a container without processes, and with it the exit code that nobody has read yet.
+    pub fn processes(&self) -> Vec<Arc<Process>> {
         let execs = self.execs();
         let execs = execs.values().map(|exec| exec.process.clone());
-        std::iter::once(self.init.clone())
-            .chain(execs)
-            .filter(|process| process.pid() != 0 && process.exit().is_none())
-            .collect()
+        let running = execs.filter(|process| process.pid() != 0 && process.exit().is_none());
+        std::iter::once(self.init.clone()).chain(running).collect()
     }
 
     /// The agent, or why it is gone.

@@ -7,6 +7,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -30,6 +31,7 @@ use crate::{
     address::Address,
     container::{Container, Host},
     creation::{self, Neighbourhood},
+    deadline::timeout,
     errors::{TaskError, timestamp},
     events::Event,
     pod,
@@ -39,6 +41,10 @@ use crate::{
     stdio::Paths,
     text,
 };
+
+/// How long containerd may take to end a pod that has no containers any more. It says so with the last
+/// deletion, unless it was restarted in the middle of that: then it knows of nothing to end.
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(20);
 
 /// The longest OCI object in JSON that is passed to the guest, in bytes.
 const MAX_OBJECT: usize = 1 << 20;
@@ -183,6 +189,8 @@ impl Service {
                 };
                 if unwanted {
                     self.clone().shut_down().await?;
+                } else {
+                    tokio::spawn(self.end_when_forgotten());
                 }
                 let message = text::chain(&error);
                 tracing::error!(
@@ -251,6 +259,7 @@ impl Service {
                 exited_at: MessageField::some(timestamp(exit.at)),
                 ..TaskDelete::default()
             }));
+            tokio::spawn(self.end_when_forgotten());
             (pid, exit)
         } else {
             container.delete_exec(&request.exec_id).await?
@@ -261,6 +270,16 @@ impl Service {
             exited_at: MessageField::some(timestamp(exit.at)),
             ..DeleteResponse::default()
         })
+    }
+
+    /// Ends the pod unless it is used again, or containerd ends it.
+    async fn end_when_forgotten(self) {
+        let ended = timeout(SHUTDOWN_DEADLINE, self.finished()).await;
+        if ended.is_err() && self.containers().slots.is_empty() {
+            tracing::warn!("The pod has no containers, and containerd has forgotten it");
+            // Without containers it does not fail.
+            let _ = self.shut_down().await;
+        }
     }
 
     async fn shut_down(self) -> Result<Empty, TaskError> {
@@ -327,7 +346,7 @@ impl Service {
     fn list_pids(&self, request: &PidsRequest) -> Result<PidsResponse, TaskError> {
         let container = self.container(&request.id)?;
         let processes = container
-            .running()
+            .processes()
             .iter()
             .map(|process| {
                 let mut info = ProcessInfo {

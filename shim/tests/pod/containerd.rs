@@ -27,7 +27,7 @@ use ttrpc::{
 
 use crate::fake_vmm::{REACHED, RELEASE};
 
-const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2");
+pub const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2");
 
 /// No call takes this long unless something hangs.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -57,7 +57,7 @@ pub struct Containerd {
     /// How many times shorter the shim's deadlines are.
     pub haste: u32,
     log: Log,
-    _server: Server,
+    server: Option<Server>,
 }
 
 /// The test's side of the step at which the VMM is held.
@@ -100,18 +100,33 @@ impl Containerd {
             path.join("state"),
         );
         fs::write(path.join("config.toml"), config).unwrap();
-        let log = Log::default();
-        let mut server = Server::new()
-            .bind(&format!("unix://{}", path.join("events").display()))
-            .unwrap()
-            .register_service(create_events(Arc::new(EventLog(log.clone()))));
-        server.start().await.unwrap();
-        Self {
+        let mut containerd = Self {
             directory,
             haste: 1,
-            log,
-            _server: server,
-        }
+            log: Log::default(),
+            server: None,
+        };
+        containerd.listen().await;
+        containerd
+    }
+
+    /// Takes events.
+    pub async fn listen(&mut self) {
+        let address = format!("unix://{}", self.directory.path().join("events").display());
+        let log = EventLog(self.log.clone());
+        let mut server = Server::new()
+            .bind(&address)
+            .unwrap()
+            .register_service(create_events(Arc::new(log)));
+        server.start().await.unwrap();
+        self.server = Some(server);
+    }
+
+    /// Takes no more events, and is not there.
+    pub async fn go_away(&mut self) {
+        self.server.take().unwrap().shutdown().await.unwrap();
+        // As a containerd that is started again does with the socket of the one before.
+        let _ = fs::remove_file(self.directory.path().join("events"));
     }
 
     /// A machine whose VMM is held at a step.

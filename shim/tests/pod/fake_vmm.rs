@@ -211,14 +211,7 @@ fn serve(channel: Arc<Channel>, steps: &Arc<Steps>) {
     let refuses_nics = channel_refuses(steps);
     let mut nics: HashMap<u8, Vec<JoinHandle<()>>> = HashMap::new();
     while let Ok(Some(Packet { message, mut fds })) = channel.receive::<Request>() {
-        steps.pass(match message {
-            Request::Share { .. } => "Share",
-            Request::Unshare { .. } => "Unshare",
-            Request::AttachNic { .. } => "AttachNic",
-            Request::DetachNic { .. } => "DetachNic",
-            Request::Counters => "Counters",
-            Request::Boot(_) => "Boot",
-        });
+        steps.pass(message.name());
         match message {
             Request::Share { name, .. } => {
                 shares.lock().unwrap().insert(name, fds.pop().unwrap());
@@ -311,12 +304,16 @@ impl FakeAgent {
         stdio: &Stdio,
         root: String,
     ) -> Process {
-        let arguments = process["args"]
+        let mut arguments: Vec<String> = process["args"]
             .as_array()
             .unwrap()
             .iter()
             .map(|argument| argument.as_str().unwrap().to_owned())
             .collect();
+        if arguments == ["size"] {
+            let size = format!("{}x{}", stdio.width, stdio.height);
+            arguments = vec!["say".into(), size, "0".into()];
+        }
         let process = Process {
             arguments,
             streams: [

@@ -4,6 +4,7 @@
 mod adjust;
 mod check;
 mod containerd;
+mod contract;
 mod crashes;
 mod fake_vmm;
 mod faults;
@@ -49,6 +50,22 @@ fn single() -> Vec<Trial> {
         trial("output_and_input_are_byte_exact", lifecycle::byte_exact),
         trial("execs_live_and_end", lifecycle::execs),
         trial("errors_have_their_codes", lifecycle::error_codes),
+        trial("it_says_what_it_is", contract::described),
+        trial("a_daemon_has_left_its_caller", contract::daemon),
+        trial("strangers_are_not_heard", contract::strangers),
+        trial("a_created_container_is_killed", contract::killed_early),
+        trial("every_waiter_is_answered", contract::waiters),
+        trial(
+            "a_container_has_a_process_until_it_is_deleted",
+            contract::pids,
+        ),
+        trial(
+            "terminals_have_the_size_that_was_told_first",
+            contract::sizes,
+        ),
+        trial("options_of_any_type_are_taken", contract::options),
+        trial("events_wait_for_containerd", contract::events),
+        trial("a_pod_that_containerd_forgets_ends", contract::forgotten),
         trial("pods_are_shared_by_annotation", lifecycle::groups),
         trial("a_refused_container_leaves_nothing", lifecycle::refused),
         trial("a_paused_container_can_be_killed", adjust::paused),

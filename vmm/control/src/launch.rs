@@ -154,3 +154,155 @@ pub unsafe fn spawn_alone_after(
     // SAFETY: the caller's promise.
     unsafe { launch.spawn_after(program, setup) }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        env, fs,
+        os::fd::{AsRawFd, FromRawFd, OwnedFd},
+        path::PathBuf,
+        sync::mpsc,
+        thread,
+        time::Duration,
+    };
+
+    use super::*;
+    use crate::spawn::wait_readable;
+
+    /// A request for core scheduling, and who made it.
+    #[derive(Debug, PartialEq, Eq)]
+    struct Request {
+        /// What is asked, of whom, and for what: prctl(2)'s second to fifth argument.
+        arguments: [u64; 4],
+        pid: u32,
+        program: PathBuf,
+    }
+
+    /// Has requests of this thread, and of what it starts, for core scheduling answered by who reads
+    /// from the descriptor (seccomp_unotify(2)).
+    fn intercept() -> OwnedFd {
+        let code = |code: u32| u16::try_from(code).unwrap();
+        let load = code(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS);
+        let equal = code(libc::BPF_JMP | libc::BPF_JEQ);
+        let answer = code(libc::BPF_RET);
+        let prctl = u32::try_from(libc::SYS_prctl).unwrap();
+        let which = libc::PR_SCHED_CORE.unsigned_abs();
+        // SAFETY: they only fill in a structure.
+        let mut program = unsafe {
+            [
+                libc::BPF_STMT(load, 0),
+                libc::BPF_JUMP(equal, prctl, 0, 3),
+                // The low half of the first argument.
+                libc::BPF_STMT(load, 16),
+                libc::BPF_JUMP(equal, which, 0, 1),
+                libc::BPF_STMT(answer, libc::SECCOMP_RET_USER_NOTIF),
+                libc::BPF_STMT(answer, libc::SECCOMP_RET_ALLOW),
+            ]
+        };
+        let filter = libc::sock_fprog {
+            len: 6,
+            filter: program.as_mut_ptr(),
+        };
+        // SAFETY: plain integers, and a program that the kernel copies.
+        let listener = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+            libc::syscall(
+                libc::SYS_seccomp,
+                libc::SECCOMP_SET_MODE_FILTER,
+                libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
+                &raw const filter,
+            )
+        };
+        let listener = i32::try_from(listener).unwrap();
+        assert!(listener >= 0, "{}", io::Error::last_os_error());
+        // SAFETY: the kernel has just made it.
+        unsafe { OwnedFd::from_raw_fd(listener) }
+    }
+
+    /// Answers one of them with this error, 0 for success.
+    fn answer(listener: &OwnedFd, error: i32) -> Request {
+        // SAFETY: structures of plain integers.
+        let (mut asked, mut answer): (libc::seccomp_notif, libc::seccomp_notif_resp) =
+            unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
+        let fd = listener.as_raw_fd();
+        wait_readable(listener.as_fd(), Duration::from_secs(20)).unwrap();
+        // SAFETY: the kernel fills in the structure.
+        let received = unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_RECV, &raw mut asked) };
+        assert_eq!(received, 0, "{}", io::Error::last_os_error());
+        let [_, arguments @ .., _] = asked.data.args;
+        let request = Request {
+            arguments,
+            pid: asked.pid,
+            program: fs::read_link(format!("/proc/{}/exe", asked.pid)).unwrap(),
+        };
+        (answer.id, answer.error) = (asked.id, -error);
+        // SAFETY: the kernel reads the structure.
+        let sent = unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) };
+        assert_eq!(sent, 0, "{}", io::Error::last_os_error());
+        request
+    }
+
+    /// Does work that asks once for core scheduling, which is answered here instead of by a kernel that
+    /// may not have it.
+    fn answered<T: Send + 'static>(
+        error: i32,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> (T, Request) {
+        let (sender, listeners) = mpsc::channel();
+        let worker = thread::spawn(move || {
+            sender.send(intercept()).unwrap();
+            work()
+        });
+        let request = answer(&listeners.recv().unwrap(), error);
+        (worker.join().unwrap(), request)
+    }
+
+    /// Starts `true` as a VMM with cores of its own; returns its process id and exit code.
+    fn launch() -> io::Result<(u32, Option<i32>)> {
+        let (_, control) = Channel::pair().unwrap();
+        let null = File::open("/dev/null")?;
+        let launch = Launch {
+            control: &control,
+            user_namespace: &UserNamespace::create(IDS_ALONE).unwrap(),
+            stderr: null.as_fd(),
+            cgroup: None,
+            oom_score_adj: None,
+            own_cores: true,
+        };
+        let vmm = launch.spawn(Path::new("/bin/true"))?;
+        let pid = vmm.pid.as_raw_nonzero().get().unsigned_abs();
+        Ok((pid, vmm.wait()?.code()))
+    }
+
+    #[test]
+    fn a_vmm_has_cores_of_its_own_before_its_first_instruction() {
+        let (vmm, request) = answered(0, launch);
+        let (pid, code) = vmm.unwrap();
+        assert_eq!(code, Some(0));
+        let create = libc::PR_SCHED_CORE_CREATE.unsigned_abs().into();
+        let thread = libc::PR_SCHED_CORE_SCOPE_THREAD.unsigned_abs().into();
+        let expected = Request {
+            // It is the first process of its namespace.
+            arguments: [create, 1, thread, 0],
+            pid,
+            // Not its own yet.
+            program: env::current_exe().unwrap(),
+        };
+        assert_eq!(request, expected);
+    }
+
+    #[test]
+    fn a_vmm_that_gets_no_cores_of_its_own_does_not_start() {
+        let (vmm, _) = answered(libc::ENOMEM, launch);
+        assert_eq!(vmm.unwrap_err().raw_os_error(), Some(libc::ENOMEM));
+    }
+
+    #[test]
+    fn whether_cores_are_shared_is_asked_of_the_kernel() {
+        let asked = |error| answered(error, needs_core_scheduling).0;
+        assert!(asked(0).unwrap());
+        assert!(!asked(libc::ENODEV).unwrap());
+        let unknown = asked(libc::EINVAL).unwrap_err();
+        assert_eq!(unknown.raw_os_error(), Some(libc::EINVAL));
+    }
+}

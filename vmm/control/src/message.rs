@@ -46,6 +46,20 @@ pub enum Request {
     Counters,
 }
 
+impl Request {
+    /// What is asked, in a word.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Boot(_) => "Boot",
+            Self::Share { .. } => "Share",
+            Self::Unshare { .. } => "Unshare",
+            Self::AttachNic { .. } => "AttachNic",
+            Self::DetachNic { .. } => "DetachNic",
+            Self::Counters => "Counters",
+        }
+    }
+}
+
 /// How many network interfaces a VM can have at a time.
 pub const NICS: u8 = 8;
 

@@ -189,7 +189,7 @@ impl Spawn<'_> {
     }
 }
 
-fn wait_readable(fd: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
+pub(crate) fn wait_readable(fd: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
     let end = Instant::now() + limit;
     loop {
         let left = end.saturating_duration_since(Instant::now());
