@@ -40,6 +40,7 @@ const NDA_CACHEINFO: u16 = 3;
 const NDA_PROBES: u16 = 4;
 const RTPROT_REDIRECT: u8 = 1;
 const RTPROT_KERNEL: u8 = 2;
+const RTN_UNICAST: u8 = 1;
 const RTPROT_RA: u8 = 9;
 const RTM_F_CLONED: u32 = 0x200;
 const NUD_PERMANENT: u16 = 0x80;
@@ -194,8 +195,9 @@ fn is_unknown(error: &io::Error) -> bool {
     )
 }
 
-/// Whether somebody has configured a route: the kernel's own come with the addresses, and those of
-/// router advertisements with the advertisements, which the guest gets.
+/// Whether the guest is to have a route: those of router advertisements come with the advertisements,
+/// which it gets, and of the kernel's own the local ones. The others are told, because the host may
+/// have removed the one that came with an address.
 fn is_configured(route: &[u8]) -> bool {
     let Some(fixed) = route.get(..ROUTE) else {
         return false;
@@ -204,7 +206,8 @@ fn is_configured(route: &[u8]) -> bool {
     let table = table.unwrap_or(fixed[4].into());
     let flags = number32(fixed, 8).unwrap_or_default();
     table != u32::from(libc::RT_TABLE_LOCAL)
-        && !matches!(fixed[5], RTPROT_REDIRECT | RTPROT_KERNEL | RTPROT_RA)
+        && !matches!(fixed[5], RTPROT_REDIRECT | RTPROT_RA)
+        && (fixed[5] != RTPROT_KERNEL || fixed[7] == RTN_UNICAST)
         && flags & RTM_F_CLONED == 0
 }
 
@@ -404,16 +407,19 @@ mod tests {
     }
 
     #[test]
-    fn routes_of_the_kernel_stay_the_kernels() {
+    fn the_guest_gets_the_routes_that_it_does_not_make_itself() {
         let route = |table: u8, protocol: u8, flags: u32| {
-            let mut route = vec![2, 0, 0, 0, table, protocol, 0, 1];
+            let mut route = vec![2, 0, 0, 0, table, protocol, 0, RTN_UNICAST];
             route.extend(flags.to_ne_bytes());
             route
         };
         assert!(is_configured(&route(254, 3, 0)));
         assert!(is_configured(&route(100, 4, 0)));
         assert!(!is_configured(&route(255, 3, 0)));
-        assert!(!is_configured(&route(254, RTPROT_KERNEL, 0)));
+        assert!(is_configured(&route(254, RTPROT_KERNEL, 0)));
+        let mut broadcast = route(254, RTPROT_KERNEL, 0);
+        broadcast[7] = 3;
+        assert!(!is_configured(&broadcast));
         assert!(!is_configured(&route(254, RTPROT_RA, 0)));
         assert!(!is_configured(&route(254, 3, RTM_F_CLONED)));
         assert!(!is_configured(&[0; 3]));
