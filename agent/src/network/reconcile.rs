@@ -255,7 +255,7 @@ impl Made {
     /// Makes the namespace have what is wanted. What a failure leaves has no interface that was not
     /// there before.
     pub fn reconcile(&mut self, place: &Place<'_>, wanted: &Wanted) -> Result<(), NetworkError> {
-        self.remove_interfaces(place, wanted)?;
+        self.remove_interfaces(place.devices, wanted)?;
         self.remove_items(place, wanted)?;
         self.rename(place, wanted)?;
         self.change_links(place, wanted)?;
@@ -279,15 +279,20 @@ impl Made {
         result
     }
 
+    /// Removes all interfaces, from wherever they are.
+    pub fn remove_all(&mut self, devices: &dyn Devices) -> Result<(), NetworkError> {
+        self.remove_interfaces(devices, &Wanted::default())
+    }
+
     fn remove_interfaces(
         &mut self,
-        place: &Place<'_>,
+        devices: &dyn Devices,
         wanted: &Wanted,
     ) -> Result<(), NetworkError> {
         let is_gone = |known: &Known| wanted.interface(known).is_none();
         while let Some(at) = self.interfaces.iter().position(is_gone) {
             let known = &self.interfaces[at];
-            let detached = place.devices.detach(&known.device);
+            let detached = devices.detach(&known.device);
             detached.map_err(|error| known.failed("remove")(error.into()))?;
             let host = self.interfaces.remove(at).host;
             self.items.retain(|item| !names_any(item, &[host]));
