@@ -14,6 +14,7 @@ mod reconcile;
 mod resolver;
 #[cfg(test)]
 mod tests;
+mod wanted;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -32,8 +33,9 @@ use crate::{error::ServiceError, serve::Guest, stream::dial};
 use inside::inside;
 pub use inside::{Identity, identity, namespace_of};
 use netlink::Rtnetlink;
-use reconcile::{Made, Place, Wanted};
+use reconcile::{Made, Place};
 use resolver::{Resolver, Sockets};
+use wanted::Wanted;
 
 /// What was made in the network namespaces of the guest.
 #[derive(Debug, Default)]
