@@ -21,6 +21,7 @@ use crate::{
     cgroup::Cgroup,
     error::ServiceError,
     neighbours::{Neighbour, Neighbours, Network, Networks},
+    network::{Identity, identity, namespace_of},
     process::{Place, Process, StageChannel, launch},
     reaper::Reaper,
     serve::Guest,
@@ -57,6 +58,8 @@ pub struct Container {
     /// Of its own process, and of an exec'd one that names none.
     apparmor_profile: Option<String>,
     init: Arc<Process>,
+    /// Its network namespace, unless its process ended at once.
+    network: Option<Identity>,
     /// Of network interfaces, by their paths below /proc/sys.
     interface_sysctls: Vec<(String, String)>,
     /// Its processes are in another container's PID namespace.
@@ -157,6 +160,7 @@ impl Container {
         };
         match launched.await {
             Ok((init, channel)) => Ok(Self {
+                network: namespace_of(init.pidfd()).and_then(|it| identity(&it)).ok(),
                 cgroup,
                 resources: AsyncMutex::new(limits),
                 seccomp,
@@ -202,6 +206,11 @@ impl Container {
     /// Its own process.
     pub fn init(&self) -> &OwnedFd {
         self.init.pidfd()
+    }
+
+    /// Which network namespace its process was created in, if that is known.
+    pub fn network(&self) -> Option<Identity> {
+        self.network
     }
 
     /// The spec's sysctls of network interfaces, by their paths below /proc/sys.

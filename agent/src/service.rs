@@ -105,7 +105,7 @@ impl State {
             Ok(container) => {
                 let container = Arc::new(container);
                 let sysctls = container.interface_sysctls();
-                self.network.expect(container.init(), sysctls).await;
+                self.network.expect(container.network(), sysctls).await;
                 self.containers().insert(id, Some(Arc::clone(&container)));
                 tokio::spawn(async move { container.end_with_init().await });
                 Ok(())
@@ -291,8 +291,11 @@ impl Agent for Service {
         let container = self.0.container(&request.container_id)?;
         let state = Arc::clone(&self.0);
         self.finish(async move {
-            let process = container.init();
-            state.network.set(&state.guest, process, request).await
+            let (process, network) = (container.init(), container.network());
+            state
+                .network
+                .set(&state.guest, process, network, request)
+                .await
         })
         .await?;
         Ok(Empty::default())

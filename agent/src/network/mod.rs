@@ -14,9 +14,11 @@ mod reconcile;
 mod resolver;
 #[cfg(test)]
 mod tests;
+mod wanted;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    io,
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
 };
@@ -31,8 +33,9 @@ use crate::{error::ServiceError, serve::Guest, stream::dial};
 use inside::inside;
 pub use inside::{Identity, identity, namespace_of};
 use netlink::Rtnetlink;
-use reconcile::{Made, Place, Wanted};
+use reconcile::{Made, Place};
 use resolver::{Resolver, Sockets};
+use wanted::Wanted;
 
 /// What was made in the network namespaces of the guest.
 #[derive(Debug, Default)]
@@ -57,26 +60,31 @@ struct Namespace {
 }
 
 impl Network {
-    /// Takes note of sysctls, by their paths below /proc/sys, for interfaces that come to the
-    /// namespace of a process. Those that are there have them already.
-    pub async fn expect(&self, process: &OwnedFd, sysctls: &[(String, String)]) {
-        // A process that has ended expects nothing.
-        let namespace = namespace_of(process).and_then(|namespace| identity(&namespace));
-        if let (Ok(key), false) = (namespace, sysctls.is_empty()) {
+    /// Takes note of sysctls, by their paths below /proc/sys, for interfaces that come to a
+    /// namespace. Those that are there have them already.
+    pub async fn expect(&self, namespace: Option<Identity>, sysctls: &[(String, String)]) {
+        if let (Some(key), false) = (namespace, sysctls.is_empty()) {
             let mut state = self.state.lock().await;
             let entry = state.namespaces.entry(key).or_default();
             entry.sysctls.extend(sysctls.iter().cloned());
         }
     }
 
-    /// Makes the namespace of a process have what the host has in its own.
+    /// Makes the namespace of a process have what the host has in its own. Once the process has
+    /// ended, `last` is where it was, and can only be left without interfaces.
     pub async fn set(
         &self,
         guest: &Guest,
         process: &OwnedFd,
+        last: Option<Identity>,
         request: NetworkRequest,
     ) -> Result<(), ServiceError> {
-        let namespace = open(process)?;
+        let namespace = match (open(process), last) {
+            (Err(ServiceError::WrongState { .. }), Some(key)) if request.interfaces.is_empty() => {
+                return self.take_down(guest, key).await;
+            }
+            (namespace, _) => namespace?,
+        };
         let key = identity(&namespace).map_err(NetworkError::system("look at the namespace"))?;
         let wanted = Wanted::read(&request)?;
         let mut state = self.state.lock().await;
@@ -133,6 +141,28 @@ impl Network {
             entry.resolver = Some(started.map_err(failed)?);
         }
         Ok(())
+    }
+
+    /// Removes the interfaces of a namespace that nobody is in any more, wherever they are now.
+    async fn take_down(&self, guest: &Guest, key: Identity) -> Result<(), ServiceError> {
+        let mut state = self.state.lock().await;
+        let Some(mut namespace) = state.namespaces.remove(&key) else {
+            return Ok(());
+        };
+        if let Some(resolver) = namespace.resolver.take() {
+            resolver.end().await;
+        }
+        let devices = Arc::clone(&guest.devices);
+        // The kernel takes its time.
+        let removed = tokio::task::spawn_blocking(move || {
+            let result = namespace.made.remove_all(&*devices);
+            (namespace.made, result)
+        });
+        let (made, result) = removed
+            .await
+            .map_err(|gone| NetworkError::system("remove interfaces")(io::Error::other(gone)))?;
+        state.left.extend(made.devices().map(str::to_owned));
+        Ok(result?)
     }
 
     /// Connects a stream to the host with a port of the loopback interface of a process's

@@ -11,19 +11,17 @@ use std::{
     path::Path,
 };
 
-use bulkhead_agent_api::messages::{Interface, NetworkRequest};
+use bulkhead_agent_api::messages::Interface;
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use thiserror::Error;
 
 use super::{
     devices::Devices,
-    items::{Item, Kind, LOOPBACK, is_kernel_route},
+    items::{Item, Kind, LOOPBACK},
     netlink::{Link, LinkLocal, Refusal, Rtnetlink},
+    wanted::Wanted,
 };
 use crate::stage::settings::sysctl_interface;
-
-/// Longest name of an interface, in bytes: `IFNAMSIZ` - 1.
-const NAME_MAX: usize = 15;
 
 /// Why a namespace does not have what it should have.
 #[derive(Debug, Error)]
@@ -88,94 +86,6 @@ fn interfaces(names: &[String]) -> String {
         [] => String::new(),
         names => format!(" of interface {}", names.join(", ")),
     }
-}
-
-/// What a namespace is to have.
-#[derive(Clone, Debug, Default)]
-pub struct Wanted {
-    interfaces: Vec<Interface>,
-    items: Vec<Item>,
-    /// Whether the routes that the host's kernel made by itself are among them. There are always
-    /// some of the loopback interface.
-    kernel_routes: bool,
-}
-
-impl Wanted {
-    /// Reads and checks a request.
-    pub fn read(request: &NetworkRequest) -> Result<Self, NetworkError> {
-        let interfaces = request.interfaces.clone();
-        for interface in &interfaces {
-            check(interface)?;
-        }
-        let unique = |values: HashSet<String>, what: &str| match values.len() == interfaces.len() {
-            true => Ok(()),
-            false => Err(NetworkError::Invalid(format!(
-                "two interfaces have one {what}"
-            ))),
-        };
-        let all = || interfaces.iter();
-        unique(all().map(|one| one.name.clone()).collect(), "name")?;
-        unique(all().map(|one| one.device.clone()).collect(), "device")?;
-        unique(all().map(|one| one.index.to_string()).collect(), "index")?;
-        let mut items = Vec::new();
-        for kind in Kind::ALL {
-            let messages = match kind {
-                Kind::Address => &request.addresses,
-                Kind::Route => &request.routes,
-                Kind::Rule => &request.rules,
-                Kind::Neighbour => &request.neighbours,
-            };
-            for bytes in messages {
-                let item = Item::read(kind, bytes);
-                let invalid = |error| NetworkError::Invalid(format!("{}: {error}", kind.name()));
-                items.extend(item.map_err(invalid)?);
-            }
-        }
-        // Stable: the host's order is kept otherwise.
-        items.sort_by_key(|item| (item.kind, item.has_gateway()));
-        // The host tells its user of interfaces that the guest does not have.
-        let known: HashSet<u32> = all().map(|one| one.index).chain([LOOPBACK]).collect();
-        items.retain(|item| item.indices().iter().all(|index| known.contains(index)));
-        for item in &mut items {
-            let owner = all().find(|one| item.indices() == [one.index]);
-            item.without_label(owner.map_or("lo", |owner| owner.name.as_str()));
-        }
-        Ok(Self {
-            interfaces,
-            items,
-            kernel_routes: request.routes.iter().any(|route| is_kernel_route(route)),
-        })
-    }
-
-    /// The platform devices of the interfaces.
-    pub fn devices(&self) -> impl Iterator<Item = &str> {
-        self.interfaces.iter().map(|one| one.device.as_str())
-    }
-
-    fn interface(&self, known: &Known) -> Option<&Interface> {
-        let mut all = self.interfaces.iter();
-        all.find(|one| one.device == known.device && one.index == known.host)
-    }
-
-    /// Whether somebody has taken away the route that the host's kernel made with an address.
-    fn lacks_route_of(&self, address: &Item) -> bool {
-        self.kernel_routes && !self.items.iter().any(|item| item.is_route_of(address))
-    }
-}
-
-fn check(interface: &Interface) -> Result<(), NetworkError> {
-    let Interface { name, device, .. } = interface;
-    // Of the kernel's own rules those on which more hangs than its refusal.
-    let bad_name = name.is_empty() || name.len() > NAME_MAX || name.contains(['/', '%', '\0']);
-    let bad_device = device.is_empty() || device.contains(['/', '\0']) || device.starts_with('.');
-    let bad_index = interface.index <= LOOPBACK;
-    if bad_name || bad_device || bad_index {
-        return Err(NetworkError::Invalid(format!(
-            "interface {name:?} with index {} at device {device:?}",
-            interface.index
-        )));
-    }
-    Ok(())
 }
 
 /// An interface that was put into a namespace, as the host had it then.
@@ -255,7 +165,7 @@ impl Made {
     /// Makes the namespace have what is wanted. What a failure leaves has no interface that was not
     /// there before.
     pub fn reconcile(&mut self, place: &Place<'_>, wanted: &Wanted) -> Result<(), NetworkError> {
-        self.remove_interfaces(place, wanted)?;
+        self.remove_interfaces(place.devices, wanted)?;
         self.remove_items(place, wanted)?;
         self.rename(place, wanted)?;
         self.change_links(place, wanted)?;
@@ -279,15 +189,20 @@ impl Made {
         result
     }
 
+    /// Removes all interfaces, from wherever they are.
+    pub fn remove_all(&mut self, devices: &dyn Devices) -> Result<(), NetworkError> {
+        self.remove_interfaces(devices, &Wanted::default())
+    }
+
     fn remove_interfaces(
         &mut self,
-        place: &Place<'_>,
+        devices: &dyn Devices,
         wanted: &Wanted,
     ) -> Result<(), NetworkError> {
-        let is_gone = |known: &Known| wanted.interface(known).is_none();
+        let is_gone = |known: &Known| wanted.interface(&known.device, known.host).is_none();
         while let Some(at) = self.interfaces.iter().position(is_gone) {
             let known = &self.interfaces[at];
-            let detached = place.devices.detach(&known.device);
+            let detached = devices.detach(&known.device);
             detached.map_err(|error| known.failed("remove")(error.into()))?;
             let host = self.interfaces.remove(at).host;
             self.items.retain(|item| !names_any(item, &[host]));
@@ -325,7 +240,7 @@ impl Made {
     fn rename(&mut self, place: &Place<'_>, wanted: &Wanted) -> Result<(), NetworkError> {
         let mut pending = Vec::new();
         for (at, known) in self.interfaces.iter().enumerate() {
-            match wanted.interface(known) {
+            match wanted.interface(&known.device, known.host) {
                 Some(one) if one.name != known.name => pending.push((at, one.name.clone())),
                 _ => {}
             }
@@ -359,7 +274,7 @@ impl Made {
     /// MTU and state of interfaces that were there before.
     fn change_links(&mut self, place: &Place<'_>, wanted: &Wanted) -> Result<(), NetworkError> {
         for known in &mut self.interfaces {
-            let Some(one) = wanted.interface(known) else {
+            let Some(one) = wanted.interface(&known.device, known.host) else {
                 continue;
             };
             if (one.mtu, one.up) == (known.mtu, known.up) || place.link(known)?.is_none() {

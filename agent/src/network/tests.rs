@@ -20,7 +20,8 @@ use super::{
     devices::Devices,
     items::Kind,
     netlink::Rtnetlink,
-    reconcile::{Made, NetworkError, Place, Wanted},
+    reconcile::{Made, NetworkError, Place},
+    wanted::Wanted,
 };
 
 /// A network namespace, kept by its descriptor.

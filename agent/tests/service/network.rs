@@ -1,10 +1,10 @@
 //! The network of containers: interfaces, streams to ports, and names.
 
-use std::{fs, process::Command};
+use std::{fs, os::unix::fs::symlink, process::Command};
 
 use bulkhead_agent_api::{
     RESOLVER_HEADER, RESOLVER_TCP, RESOLVER_UDP,
-    messages::{ConnectRequest, Interface, NetworkRequest},
+    messages::{ConnectRequest, Interface, NetworkRequest, SignalRequest},
 };
 use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::json;
@@ -98,7 +98,24 @@ async fn an_interface_gets_into_its_container() {
     network.interfaces[0].device = "../../x".to_owned();
     let (code, text) = status(host.client.set_network(deadline(), &network).await);
     assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
-    host.end("c1").await;
+    network.interfaces[0].device = "virtio-mmio.3".to_owned();
+    // After the end of its process it can only lose its interfaces.
+    symlink("..", platform.join("devices/virtio-mmio.3/driver")).unwrap();
+    fs::write(platform.join("drivers/virtio-mmio/unbind"), "").unwrap();
+    let kill = SignalRequest {
+        container_id: "c1".to_owned(),
+        signal: 9,
+        ..SignalRequest::default()
+    };
+    host.client.signal(deadline(), &kill).await.unwrap();
+    host.wait("c1", "").await;
+    let (code, text) = status(host.client.set_network(deadline(), &network).await);
+    assert_eq!(code, Code::FAILED_PRECONDITION, "{text}");
+    let none = request("c1");
+    host.client.set_network(deadline(), &none).await.unwrap();
+    let unbound = fs::read_to_string(platform.join("drivers/virtio-mmio/unbind")).unwrap();
+    assert_eq!(unbound, "virtio-mmio.3");
+    host.delete("c1").await;
     let (code, _) = status(host.client.set_network(deadline(), &request("c1")).await);
     assert_eq!(code, Code::NOT_FOUND);
 }
