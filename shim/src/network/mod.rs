@@ -309,7 +309,7 @@ impl Networks {
             .map_err(NetworkError::Namespace)?
             .map_err(NetworkError::Scan)?;
         network.refuse(&found, strict)?;
-        network.remove_all_but(&self.pod, &mut found).await?;
+        network.remove_all_but(&self.pod, &found).await?;
 
         for interface in found.interfaces.clone() {
             if network
@@ -330,9 +330,7 @@ impl Networks {
                 Err(error) if strict => return Err(error),
                 Err(error) => {
                     network.complain(&error);
-                    found
-                        .interfaces
-                        .retain(|kept| kept.index != interface.index);
+                    found.keep(|kept| kept.index != interface.index);
                 }
             }
         }
@@ -401,7 +399,7 @@ impl Network {
     }
 
     /// Takes interfaces away from the guest that are not there any more, or not as they were.
-    async fn remove_all_but(&mut self, pod: &Pod, found: &mut Scan) -> Result<(), NetworkError> {
+    async fn remove_all_but(&mut self, pod: &Pod, found: &Scan) -> Result<(), NetworkError> {
         let stays = |nic: &Nic| found.interfaces.iter().any(|found| nic.can_be(found));
         let (stay, gone): (Vec<Nic>, Vec<Nic>) =
             std::mem::take(&mut self.nics).into_iter().partition(stays);
@@ -411,9 +409,7 @@ impl Network {
         }
         let mut without = found.clone();
         let kept: Vec<u32> = self.nics.iter().map(|nic| nic.interface.index).collect();
-        without
-            .interfaces
-            .retain(|interface| kept.contains(&interface.index));
+        without.keep(|interface| kept.contains(&interface.index));
         // The guest's driver has to leave them first.
         let told = match self.members.alive() {
             Some(container) => self.tell(pod, &container, without).await,

@@ -128,23 +128,31 @@ impl Scan {
             let neighbours = netlink.dump(libc::RTM_GETNEIGH, &of_family(NEIGHBOUR))?;
             self.neighbours.extend(neighbours);
         }
-        let indices: Vec<u32> = self.interfaces.iter().map(|found| found.index).collect();
-        let known = |index: Option<u32>| index.is_some_and(|index| indices.contains(&index));
-        self.addresses
-            .retain(|address| known(number32(address, 4)) || is_added_to_loopback(address));
-        self.routes
-            .retain(|route| is_configured(route) && is_reachable(route, known));
         self.rules.retain(|rule| {
             let by = rule
                 .get(ROUTE..)
                 .and_then(|rule| attribute(rule, FRA_PROTOCOL));
             by != Some(&[RTPROT_KERNEL])
         });
+        self.routes.retain(|route| is_configured(route));
         self.neighbours.retain(|neighbour| {
             let state = number16(neighbour, 8).unwrap_or_default();
-            known(number32(neighbour, 4)) && state & NUD_PERMANENT != 0
+            state & NUD_PERMANENT != 0
         });
+        self.keep(|_| true);
         Ok(())
+    }
+
+    /// Leaves out interfaces, and what belongs to those that are not among them.
+    pub fn keep(&mut self, kept: impl Fn(&Interface) -> bool) {
+        self.interfaces.retain(kept);
+        let indices: Vec<u32> = self.interfaces.iter().map(|found| found.index).collect();
+        let known = |index: Option<u32>| index.is_some_and(|index| indices.contains(&index));
+        self.addresses
+            .retain(|address| known(number32(address, 4)) || is_added_to_loopback(address));
+        self.routes.retain(|route| is_reachable(route, known));
+        self.neighbours
+            .retain(|neighbour| known(number32(neighbour, 4)));
     }
 
     /// Whether there is no difference that a guest is to be told of: lifetimes run down, and the host

@@ -582,6 +582,15 @@ impl Agent for FakeAgent {
     async fn set_network(&self, _: &TtrpcContext, request: NetworkRequest) -> ttrpc::Result<Empty> {
         self.steps.pass_async("SetNetwork").await;
         self.find(&request.container_id, "")?;
+        // As the real one has it: nothing belongs to an interface that is not there.
+        for address in &request.addresses {
+            let index = u32::from_ne_bytes(address[4..8].try_into().unwrap());
+            let mut indices = request.interfaces.iter().map(|interface| interface.index);
+            if !indices.any(|known| known == index) {
+                let message = format!("there is no interface {index}");
+                return Err(get_rpc_status(Code::INVALID_ARGUMENT, message));
+            }
+        }
         let interfaces = request.interfaces.iter().map(|interface| {
             serde_json::json!({
                 "index": interface.index, "name": interface.name, "device": interface.device,

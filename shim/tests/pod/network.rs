@@ -418,6 +418,7 @@ pub async fn follows() {
     net.add_veth(&net.inside, "eth2", 1500);
     let both = told.next_with(&["eth1", "eth2"]).await;
     assert_eq!(both["interfaces"][1]["device"], "virtio-mmio.3");
+    net.configure(&net.inside, "eth1");
     // A device's MTU does not grow, so it becomes another one.
     let request = link(index(&net.inside, "eth1"), 0).with(IFLA_MTU, &9000u32.to_ne_bytes());
     order(&net.inside, libc::RTM_SETLINK, 0, request);
