@@ -21,11 +21,11 @@ use crate::{
     arch::{
         boot_params::{self, BootParamsError, SEED_LEN},
         cpuid::{self, TooManyLeaves},
-        layout::{KVM_TSS, VIRTIO_IRQ_START, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START},
+        layout::{KVM_TSS, NIC_MMIO_SIZE, VIRTIO_IRQ_START, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START},
         mptable::{self, MpTableError},
         registers::{self, RegistersError},
     },
-    bus::{Bus, MmioDevice},
+    bus::{Bus, MmioDevice, Place},
     command_line,
     counters::{DeviceStats, ExitCounter},
     devices::{
@@ -39,7 +39,7 @@ use crate::{
             fs::{Fs, FsHandler, FsWorkers, Limits},
             mmio::Transport,
             net::{self, Interface, Net, NetHandler, NetWorkers, NicError},
-            registers::register,
+            registers::{Registers, register},
             rng::{Rng, RngHandler},
             vsock::{Vsock, VsockHandler},
         },
@@ -286,14 +286,15 @@ impl Vm {
     }
 }
 
-/// The virtio devices as they are added, each at the next place with the next interrupt.
+/// The virtio devices as they are added, each at the next place.
 struct Devices<'v> {
     vm: &'v VmFd,
     memory: &'v GuestMemory,
     event_loop: EventLoopBuilder,
     /// Takes acknowledgements of interrupts, which nobody waits for.
     acknowledged: EventFd,
-    registers: Vec<Arc<dyn MmioDevice>>,
+    registers: Vec<(Place, Arc<dyn MmioDevice>)>,
+    last_interrupt: Option<(u32, Arc<EventFd>)>,
     stats: Vec<(&'static str, Arc<DeviceStats>)>,
 }
 
@@ -305,6 +306,7 @@ impl<'v> Devices<'v> {
             event_loop: EventLoopBuilder::new()?,
             acknowledged: EventFd::new(EFD_NONBLOCK).map_err(BuildError::EventFd)?,
             registers: Vec::new(),
+            last_interrupt: None,
             stats: Vec::new(),
         })
     }
@@ -351,18 +353,19 @@ impl<'v> Devices<'v> {
     fn add_nics(&mut self, config: &VmConfig) -> Result<NetWorkers, BuildError> {
         debug_assert_eq!(self.count(), usize::from(FIRST_NIC));
         let lanes = usize::from(config.queue_pairs());
-        let slots = NIC_NAMES
-            .iter()
-            .map(|name| {
-                let kicks = (0..lanes)
-                    .map(|_| Ok(Arc::new(self.event()?)))
-                    .collect::<Result<Arc<[_]>, BuildError>>()?;
-                let transport = self.add_kicked_by(name, Net::new(kicks.clone()), &kicks)?;
-                let limits =
-                    net::Limits::new(config.net_packets_per_second, config.net_bytes_per_second);
-                Ok(NetHandler::new(transport, kicks, limits))
-            })
-            .collect::<Result<_, BuildError>>()?;
+        let (packets, bytes) = (config.net_packets_per_second, config.net_bytes_per_second);
+        let mut slots = Vec::new();
+        for (name, registers) in NIC_NAMES.iter().zip(Registers::sharing(NIC_MMIO_SIZE)) {
+            let kicks = (0..lanes)
+                .map(|_| Ok(Arc::new(self.event()?)))
+                .collect::<Result<Arc<[_]>, BuildError>>()?;
+            let transport = self.connect(name, Net::new(kicks.clone()), registers, &kicks)?;
+            slots.push(NetHandler::new(
+                transport,
+                kicks,
+                net::Limits::new(packets, bytes),
+            ));
+        }
         Ok(NetWorkers::spawn(slots, lanes)?)
     }
 
@@ -383,36 +386,38 @@ impl<'v> Devices<'v> {
         EventFd::new(EFD_NONBLOCK).map_err(BuildError::EventFd)
     }
 
+    /// Adds a device that one event notifies.
     fn add<D: Device + 'static>(
         &mut self,
         name: &'static str,
         device: D,
     ) -> Result<Arc<Transport<D>>, BuildError> {
-        let kick = Arc::new(self.event()?);
-        let transport = self.add_kicked_by(name, device, &[kick])?;
-        let (address, _) = place(self.count() - 1);
+        let (Place { address, .. }, _) = place(self.count());
+        // Our kernel does not acknowledge, and others not often enough for more than the devices that
+        // they always have.
         let acknowledge = IoEventAddress::Mmio(address + register::INTERRUPT_ACK);
         self.vm
             .register_ioevent(&self.acknowledged, &acknowledge, CALM)
             .map_err(failed("register an ioeventfd"))?;
-        Ok(transport)
+        let kick = Arc::new(self.event()?);
+        self.connect(name, device, Registers::default(), &[kick])
     }
 
     /// Connects a device with KVM: a notification of the guest becomes an event for the device
     /// without waking its vCPU's thread, and an event of the device an interrupt. Nor does the
-    /// vCPU's thread wake when the guest reads registers and acknowledges the interrupt.
+    /// vCPU's thread wake when the guest reads registers.
     ///
-    /// A device with one `kick` looks at all of its few queues. One with more has one for each pair of
-    /// queues, of which the second notifies it so: the driver seldom has to notify the first.
-    fn add_kicked_by<D: Device + 'static>(
+    /// A device with one of `kicks` looks at all of its few queues. One with more has one for each pair
+    /// of queues, for the second of the pair: the driver seldom has to notify the first.
+    fn connect<D: Device + 'static>(
         &mut self,
         name: &'static str,
         device: D,
+        registers: Registers,
         kicks: &[Arc<EventFd>],
     ) -> Result<Arc<Transport<D>>, BuildError> {
-        let interrupt = self.event()?;
-        let (address, irq) = place(self.count());
-        let notify = IoEventAddress::Mmio(address + register::QUEUE_NOTIFY);
+        let (place, irq) = place(self.count());
+        let notify = IoEventAddress::Mmio(place.address + register::QUEUE_NOTIFY);
         if let [kick] = kicks {
             self.vm
                 .register_ioevent(kick, &notify, NoDatamatch)
@@ -424,27 +429,61 @@ impl<'v> Devices<'v> {
                     .map_err(failed("register an ioeventfd"))?;
             }
         }
-        self.vm
-            .register_irqfd(&interrupt, irq)
-            .map_err(failed("register an irqfd"))?;
-        let transport = Transport::new(device, self.memory.clone(), kicks[0].clone(), interrupt);
+        let interrupt = self.interrupt(irq)?;
+        if place.address % Registers::PAGE_SIZE == 0 {
+            let slot = u32::try_from(self.memory.num_regions() + self.count()).unwrap_or(u32::MAX);
+            memory::register_readable(self.vm, slot, place.address, &registers)?;
+        }
+        let (memory, kick) = (self.memory.clone(), kicks[0].clone());
+        let transport = Transport::with_registers(device, registers, memory, kick, interrupt);
         let transport = Arc::new(transport);
-        let slot = u32::try_from(self.memory.num_regions() + self.count()).unwrap_or(u32::MAX);
-        memory::register_readable(self.vm, slot, address, &transport.registers)?;
-        self.registers.push(transport.clone());
+        self.registers.push((place, transport.clone()));
         self.stats.push((name, transport.stats.clone()));
         Ok(transport)
     }
+
+    /// The event that raises an interrupt, which devices may share.
+    fn interrupt(&mut self, irq: u32) -> Result<Arc<EventFd>, BuildError> {
+        if let Some((last, event)) = &self.last_interrupt
+            && *last == irq
+        {
+            return Ok(event.clone());
+        }
+        let event = Arc::new(self.event()?);
+        self.vm
+            .register_irqfd(&event, irq)
+            .map_err(failed("register an irqfd"))?;
+        self.last_interrupt = Some((irq, event.clone()));
+        Ok(event)
+    }
 }
 
-/// Address and interrupt of virtio device `index`. Network devices share an interrupt: each one costs
-/// the guest's kernel time at boot.
-pub fn place(index: usize) -> (u64, u32) {
-    let address = VIRTIO_MMIO_START + index as u64 * VIRTIO_MMIO_SIZE;
-    let first = usize::from(FIRST_NIC);
-    let shared = index.saturating_sub(first).min(usize::from(NICS) - 1);
-    let irq = VIRTIO_IRQ_START + u32::try_from(index - shared).unwrap_or(0);
-    (address, irq)
+/// Place and interrupt of virtio device `index`.
+///
+/// Those for network devices are most of all and mostly unused, so they cost as little as possible at
+/// boot: they share a page of registers, and the interrupt of the device before them, which seldom has
+/// any.
+pub fn place(index: usize) -> (Place, u32) {
+    let nic = index.saturating_sub(FIRST_NIC.into());
+    let is_nic = index >= FIRST_NIC.into() && nic < NICS.into();
+    // Past the network devices, which are where one would be.
+    let page = if is_nic {
+        index - nic
+    } else {
+        index - nic.min(usize::from(NICS) - 1)
+    };
+    let pin = index
+        - (index + 1)
+            .saturating_sub(FIRST_NIC.into())
+            .min(NICS.into());
+    let (offset, size) = if is_nic {
+        (nic as u64 * NIC_MMIO_SIZE, NIC_MMIO_SIZE)
+    } else {
+        (0, VIRTIO_MMIO_SIZE)
+    };
+    let address = VIRTIO_MMIO_START + page as u64 * VIRTIO_MMIO_SIZE + offset;
+    let irq = VIRTIO_IRQ_START + u32::try_from(pin).unwrap_or(0);
+    (Place { address, size }, irq)
 }
 
 fn open_kvm(fd: OwnedFd, vcpus: u8) -> Result<Kvm, BuildError> {

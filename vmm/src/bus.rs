@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    arch::layout::{IOAPIC, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START},
+    arch::layout::IOAPIC,
     devices::uart::{self, Uart},
 };
 
@@ -19,16 +19,29 @@ pub trait MmioDevice: Send + Sync {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
+/// Where a device's registers are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Address of the first.
+    pub address: u64,
+    /// Their bytes.
+    pub size: u64,
+}
+
 /// All devices that a vCPU can reach.
 pub struct Bus {
     uart: Uart,
     ioapic: Arc<dyn MmioDevice>,
-    virtio: Vec<Arc<dyn MmioDevice>>,
+    virtio: Vec<(Place, Arc<dyn MmioDevice>)>,
 }
 
 impl Bus {
-    /// A bus with the serial port, the I/O APIC, and virtio devices at consecutive places.
-    pub fn new(uart: Uart, ioapic: Arc<dyn MmioDevice>, virtio: Vec<Arc<dyn MmioDevice>>) -> Self {
+    /// A bus with the serial port, the I/O APIC, and virtio devices at their places.
+    pub fn new(
+        uart: Uart,
+        ioapic: Arc<dyn MmioDevice>,
+        virtio: Vec<(Place, Arc<dyn MmioDevice>)>,
+    ) -> Self {
         Self {
             uart,
             ioapic,
@@ -76,9 +89,10 @@ impl Bus {
         {
             return Some((&self.ioapic, offset));
         }
-        let offset = address.checked_sub(VIRTIO_MMIO_START)?;
-        let index = usize::try_from(offset / VIRTIO_MMIO_SIZE).ok()?;
-        Some((self.virtio.get(index)?, offset % VIRTIO_MMIO_SIZE))
+        self.virtio.iter().find_map(|(place, device)| {
+            let offset = address.checked_sub(place.address)?;
+            (offset < place.size).then_some((device, offset))
+        })
     }
 }
 
@@ -107,14 +121,21 @@ mod tests {
         let bus = Bus::new(
             Uart::new(Arc::new(CrashConsole::default())),
             Arc::new(Recorder::default()),
-            devices.iter().map(|device| device.clone() as _).collect(),
+            [0x1000, 0x1200]
+                .map(|address| Place {
+                    address,
+                    size: 0x200,
+                })
+                .into_iter()
+                .zip(devices.iter().map(|device| device.clone() as _))
+                .collect(),
         );
-        bus.mmio_write(VIRTIO_MMIO_START + VIRTIO_MMIO_SIZE + 0x50, &[1, 2]);
+        bus.mmio_write(0x1250, &[1, 2]);
         assert_eq!(*devices[1].0.lock().unwrap(), [(0x50, vec![1, 2])]);
         let mut data = [9; 4];
-        bus.mmio_read(VIRTIO_MMIO_START + 8, &mut data);
+        bus.mmio_read(0x1008, &mut data);
         assert_eq!(data, [8; 4]);
-        bus.mmio_read(VIRTIO_MMIO_START + 2 * VIRTIO_MMIO_SIZE, &mut data);
+        bus.mmio_read(0x1400, &mut data);
         assert_eq!(data, [0; 4]);
         bus.mmio_write(0, &[0]);
         bus.mmio_write(u64::MAX, &[0]);

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use bulkhead_vmm_control::VmConfig;
 
-use crate::{arch::layout::VIRTIO_MMIO_SIZE, builder::place};
+use crate::{builder::place, bus::Place};
 
 /// Errors go to the crash console from the first instructions on, and nothing else does.
 const CRASH_CONSOLE: &str = "quiet loglevel=4 earlyprintk=serial,ttyS0,115200,keep";
@@ -26,10 +26,9 @@ pub fn build(devices: usize, config: &VmConfig) -> String {
         CRASH_CONSOLE
     };
     let mut text = format!("{console} {ALWAYS}");
-    for (address, irq) in (0..devices).map(place) {
-        let size = VIRTIO_MMIO_SIZE / 1024;
+    for (Place { address, size }, irq) in (0..devices).map(place) {
         // Writing to a String does not fail.
-        let _ = write!(text, " virtio_mmio.device={size}K@{address:#x}:{irq}");
+        let _ = write!(text, " virtio_mmio.device={size}@{address:#x}:{irq}");
     }
     if !config.kernel_args.is_empty() {
         text.push(' ');
@@ -54,10 +53,11 @@ mod tests {
             net_bytes_per_second: 0,
             console: false,
         };
-        let text = build(2, &config);
+        let text = build(5, &config);
         assert!(text.starts_with("quiet loglevel=4 earlyprintk"));
         assert!(text.ends_with(
-            "virtio_mmio.device=4K@0xd0000000:1 virtio_mmio.device=4K@0xd0001000:2 a=b"
+            "virtio_mmio.device=4096@0xd0001000:2 virtio_mmio.device=4096@0xd0002000:3 \
+             virtio_mmio.device=512@0xd0003000:3 virtio_mmio.device=512@0xd0003200:3 a=b"
         ));
         let config = VmConfig {
             console: true,

@@ -205,7 +205,7 @@ pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), MemoryError> {
     Ok(())
 }
 
-/// Lets the guest read a device's registers at `address`, in a slot that nothing else uses; its
+/// Lets the guest read a page of devices' registers at `address`, in a slot that nothing else uses; its
 /// writes stay exits. `registers` must outlive every `KVM_RUN` of `vm`: vCPUs hold the bus, and
 /// the bus holds its devices.
 pub fn register_readable(
@@ -218,8 +218,8 @@ pub fn register_readable(
         slot,
         flags: KVM_MEM_READONLY,
         guest_phys_addr: address,
-        memory_size: Registers::SIZE,
-        userspace_addr: registers.address(),
+        memory_size: Registers::PAGE_SIZE,
+        userspace_addr: registers.page(),
     };
     // SAFETY: a page of this process that holds only atomics, which the guest cannot write; it lies
     // in the MMIO hole, where no memory of the guest is, and lives as long as said above.

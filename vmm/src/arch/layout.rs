@@ -36,6 +36,8 @@ pub const MMIO_HOLE_START: u64 = 0xc000_0000;
 pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;
 /// Bytes from one virtio device to the next.
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+/// Bytes from one network device to the next: all of them lie where one device would.
+pub const NIC_MMIO_SIZE: u64 = 0x200;
 /// I/O APIC (KVM's, fixed).
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Local APIC (KVM's, fixed).
@@ -45,6 +47,6 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 /// Where memory goes on behind the hole.
 pub const HIGH_MEMORY_START: u64 = 0x1_0000_0000;
 
-/// Interrupt of the first virtio device; the following devices have the following ones. Linux takes
-/// interrupt 0 for none.
+/// Interrupt of the first virtio device; the following devices have the following ones, except that
+/// network devices have that of the device before them. Linux takes interrupt 0 for none.
 pub const VIRTIO_IRQ_START: u32 = 1;

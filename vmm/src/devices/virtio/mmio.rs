@@ -134,10 +134,21 @@ impl<D: Device> Transport<D> {
         device: D,
         memory: GuestMemory,
         kick: impl Into<Arc<EventFd>>,
-        interrupt: EventFd,
+        interrupt: impl Into<Arc<EventFd>>,
+    ) -> Self {
+        Self::with_registers(device, Registers::default(), memory, kick, interrupt)
+    }
+
+    /// A device after power-on whose registers are there.
+    pub fn with_registers(
+        device: D,
+        registers: Registers,
+        memory: GuestMemory,
+        kick: impl Into<Arc<EventFd>>,
+        interrupt: impl Into<Arc<EventFd>>,
     ) -> Self {
         let stats = Arc::new(DeviceStats::default());
-        let registers = Arc::new(Registers::default());
+        let registers = Arc::new(registers);
         for (offset, value) in [
             (register::MAGIC, MAGIC),
             (register::VERSION, VERSION),
@@ -162,7 +173,7 @@ impl<D: Device> Transport<D> {
             driver_features_sel: 0,
             queue_sel: 0,
         };
-        let interrupt = Interrupt::new(interrupt, registers.clone(), stats.clone());
+        let interrupt = Interrupt::new(interrupt.into(), registers.clone(), stats.clone());
         let transport = Self {
             inner: Mutex::new(inner),
             registers,

@@ -67,13 +67,13 @@ pub const CALM: u32 = USED_BUFFER | NO_ACK;
 #[derive(Debug)]
 pub struct Interrupt {
     registers: Arc<Registers>,
-    event: EventFd,
+    event: Arc<EventFd>,
     stats: Arc<DeviceStats>,
 }
 
 impl Interrupt {
     /// An interrupt that is sent by writing to `event`.
-    pub fn new(event: EventFd, registers: Arc<Registers>, stats: Arc<DeviceStats>) -> Self {
+    pub fn new(event: Arc<EventFd>, registers: Arc<Registers>, stats: Arc<DeviceStats>) -> Self {
         registers.set(register::INTERRUPT_STATUS, CALM);
         Self {
             registers,

@@ -1,6 +1,9 @@
 //! The registers of a device (section 4.2.2) that a driver reads.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering},
+};
 
 /// Register offsets in bytes.
 pub(crate) mod register {
@@ -33,28 +36,51 @@ pub(crate) mod register {
     pub const CONFIG: u64 = 0x100;
 }
 
-const SIZE: usize = 4096;
+const PAGE: usize = 4096;
 const WORD: usize = 4;
 
-/// A page with the values of all registers, which the guest may read but not write: reading one is
-/// no exit. The device changes it at any time.
+/// A page of values, which the guest may read but not write.
 #[derive(Debug)]
 #[repr(C, align(4096))]
-pub struct Registers([AtomicU32; SIZE / WORD]);
+struct Page([AtomicU32; PAGE / WORD]);
+
+/// The values of all registers of a device, in a page: reading one is no exit. The device changes them
+/// at any time.
+#[derive(Debug)]
+pub struct Registers {
+    page: Arc<Page>,
+    start: u64,
+    size: u64,
+}
 
 impl Default for Registers {
+    /// Those of a device with a page of its own.
     fn default() -> Self {
-        Self([const { AtomicU32::new(0) }; SIZE / WORD])
+        Self {
+            page: Arc::new(Page([const { AtomicU32::new(0) }; PAGE / WORD])),
+            start: 0,
+            size: Self::PAGE_SIZE,
+        }
     }
 }
 
 impl Registers {
-    /// Its size in bytes, a page.
-    pub const SIZE: u64 = SIZE as u64;
+    /// The size of a page in bytes.
+    pub const PAGE_SIZE: u64 = PAGE as u64;
 
-    /// Its address in this process.
-    pub fn address(&self) -> u64 {
-        self.0.as_ptr().addr() as u64
+    /// Those of devices that share a page, with `size` bytes each.
+    pub fn sharing(size: u64) -> impl Iterator<Item = Self> {
+        let page = Self::default().page;
+        (0..Self::PAGE_SIZE / size).map(move |index| Self {
+            page: page.clone(),
+            start: index * size,
+            size,
+        })
+    }
+
+    /// The address of the page in this process.
+    pub fn page(&self) -> u64 {
+        self.page.0.as_ptr().addr() as u64
     }
 
     /// The value that the guest reads at `offset`.
@@ -69,7 +95,7 @@ impl Registers {
 
     /// Fills in the device's configuration space, as much as there is room for.
     pub fn set_config(&self, config: &[u8]) {
-        for (offset, bytes) in (register::CONFIG..Self::SIZE)
+        for (offset, bytes) in (register::CONFIG..self.size)
             .step_by(WORD)
             .zip(config.chunks(WORD))
         {
@@ -81,6 +107,6 @@ impl Registers {
 
     fn word(&self, offset: u64) -> &AtomicU32 {
         // No offset fails to convert, and all of them lie inside the page.
-        &self.0[usize::try_from(offset).unwrap_or(0) / WORD]
+        &self.page.0[usize::try_from(self.start + offset).unwrap_or(0) / WORD]
     }
 }

@@ -11,7 +11,7 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    HEADER_LEN, Limits, MAX_PACKET, Net,
+    HEADER_LEN, Kicks, Limits, MAX_PACKET, Net,
     buffers::Buffers,
     tap::{Sent, Tap},
 };
@@ -30,7 +30,7 @@ const PACKETS_AT_ONCE: usize = 128;
 /// A slot with its device. Each lane is served by one thread at a time.
 pub struct NetHandler {
     pub(super) transport: Arc<Transport<Net>>,
-    kicks: Arc<[Arc<EventFd>]>,
+    kicks: Kicks,
     limits: Limits,
 }
 
@@ -73,7 +73,7 @@ struct Borrowed {
 
 impl NetHandler {
     /// Works for the device behind `transport`, whose lanes are notified by `kicks`.
-    pub fn new(transport: Arc<Transport<Net>>, kicks: Arc<[Arc<EventFd>]>, limits: Limits) -> Self {
+    pub fn new(transport: Arc<Transport<Net>>, kicks: Kicks, limits: Limits) -> Self {
         Self {
             transport,
             kicks,
@@ -87,7 +87,7 @@ impl NetHandler {
     }
 
     #[cfg(test)]
-    pub(super) fn kicks(&self) -> Arc<[Arc<EventFd>]> {
+    pub(super) fn kicks(&self) -> Kicks {
         self.kicks.clone()
     }
 

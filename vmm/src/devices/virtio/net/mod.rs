@@ -99,6 +99,9 @@ pub enum NicError {
     Watch(#[source] EventLoopError),
 }
 
+/// What notifies each lane of a slot.
+pub type Kicks = Arc<[Arc<EventFd>]>;
+
 /// What makes a slot a network device.
 #[derive(Debug)]
 pub struct Interface {
@@ -112,7 +115,7 @@ pub struct Interface {
 
 /// The device, or an empty slot.
 pub struct Net {
-    kicks: Arc<[Arc<EventFd>]>,
+    kicks: Kicks,
     nic: Option<Nic>,
 }
 
@@ -129,7 +132,7 @@ struct Nic {
 
 impl Net {
     /// An empty slot, whose lanes are notified by `kicks`.
-    pub fn new(kicks: Arc<[Arc<EventFd>]>) -> Self {
+    pub fn new(kicks: Kicks) -> Self {
         Self { kicks, nic: None }
     }
 

@@ -389,7 +389,7 @@ fn as_many_lanes_bring_packets_as_the_driver_uses() {
 }
 
 /// The device at work with its threads.
-fn workers(memory: &GuestMemory) -> (NetWorkers, Arc<Transport<Net>>, Arc<[Arc<EventFd>]>) {
+fn workers(memory: &GuestMemory) -> (NetWorkers, Arc<Transport<Net>>, Kicks) {
     let handler = slot(memory, Limits::default());
     let (transport, kicks) = (handler.transport.clone(), handler.kicks());
     let other = slot(memory, Limits::default());
