@@ -382,9 +382,10 @@ fn nothing_left(setting: &Setting) -> Result<()> {
     let bridge = Bridge::new();
     let namespace = Namespace::new()?;
     let eth = Attachment::bridge(&namespace, "eth0", &bridge)?;
-    let before = (namespace.ip("-o link")?, namespace.tc("qdisc show")?);
+    let look = || -> Result<_> { Ok((namespace.ip("-br link")?, namespace.tc("qdisc show")?)) };
+    let before = look()?;
     let clean = |who: &str| -> Result<()> {
-        let now = (namespace.ip("-o link")?, namespace.tc("qdisc show")?);
+        let now = look()?;
         ensure!(now == before, "after {who}: {now:?}\nbefore: {before:?}");
         Ok(())
     };
@@ -447,6 +448,7 @@ fn too_many(setting: &Setting) -> Result<()> {
         ip(&format!(
             "link add {host} type veth peer name {inside} netns {own}"
         ))?;
+        namespace.ip(&format!("link set {inside} up"))?;
     }
     let refused = setting
         .container()
