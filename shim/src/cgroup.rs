@@ -48,7 +48,7 @@ const MIN_QUOTA: u64 = 1_000;
 
 /// Processes and threads of a VMM beside its vCPUs: those of its devices, and those that KVM starts
 /// for it.
-const VMM_THREADS: u32 = 16;
+const VMM_THREADS: u32 = 20;
 
 /// Memory in bytes that a VMM may use beside its guest's, however small that is.
 const VMM_MEMORY: u64 = 256 << 20;

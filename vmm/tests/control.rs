@@ -7,11 +7,11 @@ use std::{
     fs::{self, File},
     os::{
         fd::{AsFd, BorrowedFd},
-        unix::fs::OpenOptionsExt,
+        unix::{fs::OpenOptionsExt, net::UnixDatagram},
     },
 };
 
-use bulkhead_vmm_control::{Channel, Event, FromVmm, Reply, Request, StopReason, VmConfig};
+use bulkhead_vmm_control::{Channel, Event, FromVmm, NICS, Reply, Request, StopReason, VmConfig};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use vmm::{Vmm, file, kvm};
 
@@ -90,8 +90,12 @@ fn a_running_vm_counts_and_ends_with_its_control_socket() {
     let Reply::Counters(counters) = vmm.ask(&Request::Counters, NO_FILES) else {
         panic!("no counters");
     };
-    let names: Vec<&str> = counters.devices.keys().map(String::as_str).collect();
-    assert_eq!(names, ["fs", "rng", "vsock"]);
+    let names: Vec<_> = counters.devices.keys().cloned().collect();
+    let nics = (0..NICS).map(|slot| format!("net{slot}"));
+    let others = ["fs", "rng", "vsock"].map(str::to_owned);
+    let mut expected: Vec<_> = nics.chain(others).collect();
+    expected.sort();
+    assert_eq!(names, expected);
     let twice = failure(vmm.boot(&config, &files(SPINS)));
     assert_eq!(twice, "The VM has been booted already");
     let (unconnected, _) = Channel::pair().unwrap();
@@ -155,6 +159,45 @@ fn shares_come_and_go_while_the_vm_runs() {
     assert_eq!(share(), Reply::Done);
 }
 
+#[test]
+fn network_interfaces_come_and_go_while_the_vm_runs() {
+    let vmm = Vmm::start();
+    assert_eq!(vmm.boot(&config(), &files(SPINS)), Reply::Done);
+    let attach = |slot, taps: usize| {
+        let (taps, peers): (Vec<_>, Vec<_>) =
+            (0..taps).map(|_| UnixDatagram::pair().unwrap()).unzip();
+        for socket in taps.iter().chain(&peers) {
+            socket.set_nonblocking(true).unwrap();
+        }
+        let request = Request::AttachNic {
+            slot,
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+        };
+        (vmm.ask(&request, &taps), peers)
+    };
+    let detach = |slot| vmm.ask(&Request::DetachNic { slot }, NO_FILES);
+    // Nothing of a tap is left open: a message to it would be refused.
+    let closed = |peer: &UnixDatagram| peer.send(b"packet").is_err();
+    for slot in [0, NICS - 1] {
+        for _ in 0..2 {
+            let (reply, peers) = attach(slot, 1);
+            assert_eq!(reply, Reply::Done);
+            assert!(!closed(&peers[0]));
+            let (reply, others) = attach(slot, 1);
+            assert!(failure(reply).contains("has an interface already"));
+            assert!(closed(&others[0]));
+            assert_eq!(detach(slot), Reply::Done);
+            assert!(closed(&peers[0]));
+            assert!(failure(detach(slot)).contains("has no interface"));
+        }
+    }
+    assert!(failure(attach(NICS, 1).0).contains("There is no network device 8"));
+    for (count, text) in [(0, "0 queues"), (2, "2 queues")] {
+        assert!(failure(attach(0, count).0).contains(text));
+    }
+}
+
 /// The lines of a status file in /proc that are about system call filters.
 fn filters_in(status: &str) -> Vec<&str> {
     let about = |line: &&str| line.starts_with("Seccomp") || line.starts_with("NoNewPrivs");
@@ -191,6 +234,8 @@ fn every_thread_is_restricted_before_the_guest_runs() {
             "fs",
             "fs",
             "fs",
+            "net",
+            "net",
             "vcpu0",
             "vcpu1"
         ]

@@ -17,7 +17,7 @@ use std::{
     io::{Read, Seek, Write},
     os::{
         fd::{AsFd, OwnedFd},
-        unix::net::UnixStream,
+        unix::net::{UnixDatagram, UnixStream},
     },
     time::{Duration, Instant},
 };
@@ -69,6 +69,11 @@ fn rng_survives() {
 #[test]
 fn console_survives() {
     attack(Role::Console);
+}
+
+#[test]
+fn net_survives() {
+    attack(Role::Net);
 }
 
 #[test]
@@ -187,6 +192,14 @@ fn share(name: &str) -> Request {
     }
 }
 
+fn attach_nic() -> Request {
+    Request::AttachNic {
+        slot: 0,
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+    }
+}
+
 /// A VMM with a guest, its files and its console.
 fn boot(vmm: &Vmm, vcpus: u8, kernel_args: String, console: &File) {
     let config = VmConfig {
@@ -210,6 +223,9 @@ struct Host {
     stderr: File,
     files: Files,
     connections: Vec<Connection>,
+    /// The far ends of the network interface's taps.
+    taps: Vec<UnixDatagram>,
+    role: Role,
     /// The request that was not answered yet.
     asked: Option<Request>,
     turn: usize,
@@ -228,15 +244,22 @@ impl Host {
         let arguments = format!("hostile={name} seed={seed} rounds={rounds}");
         let vcpus = if role == Role::Platform { 1 } else { 2 };
         boot(&vmm, vcpus, arguments, &tempfile::tempfile().unwrap());
-        let host = Self {
+        let first = if role == Role::Net {
+            attach_nic()
+        } else {
+            share("share")
+        };
+        let mut host = Self {
             vmm,
             stderr,
             files: Files::new(),
             connections: Vec::new(),
-            asked: Some(share("share")),
+            taps: Vec::new(),
+            role,
+            asked: None,
             turn: 0,
         };
-        host.asked.iter().for_each(|request| host.ask(request));
+        host.ask(first);
         host
     }
 
@@ -280,9 +303,13 @@ impl Host {
             };
             polled.push(PollFd::new(&connection.socket, events));
         }
+        for tap in &self.taps {
+            polled.push(PollFd::new(tap, PollFlags::IN));
+        }
         wait(&mut polled, TICK);
         let mut ready: Vec<_> = polled.iter().map(PollFd::revents).collect();
         let message = !ready.remove(0).is_empty();
+        self.taps.iter().for_each(echo);
         let mut ready = ready.into_iter();
         self.connections.retain_mut(|connection| {
             let events = ready.next().unwrap_or(PollFlags::empty());
@@ -310,39 +337,60 @@ impl Host {
         self.connections.push(Connection { socket, echoes });
     }
 
-    fn ask(&self, request: &Request) {
-        let root = match request {
+    fn ask(&mut self, request: Request) {
+        let files: Vec<OwnedFd> = match &request {
             Request::Share { name, .. } => vec![self.files.directory(name)],
+            Request::AttachNic { .. } => {
+                let pairs = (0..2).map(|_| UnixDatagram::pair().unwrap());
+                let (theirs, ours): (Vec<_>, Vec<_>) = pairs.unzip();
+                for socket in theirs.iter().chain(&ours) {
+                    socket.set_nonblocking(true).unwrap();
+                }
+                self.taps = ours;
+                theirs.into_iter().map(OwnedFd::from).collect()
+            }
             _ => Vec::new(),
         };
-        let fds: Vec<_> = root.iter().map(AsFd::as_fd).collect();
-        match self.vmm.channel.send(request, &fds) {
+        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        match self.vmm.channel.send(&request, &fds) {
             // The VM may have stopped, and its last message be on the way.
             Err(ChannelError::Send(errno)) if errno as i32 == libc::EPIPE => {}
             sent => sent.unwrap(),
         }
+        self.asked = Some(request);
     }
 
-    /// Counts, shows the guest one more directory, and takes it away from under it.
+    /// Counts, shows the guest one more directory, and takes it away from under it; or the network.
     fn ask_next(&mut self) {
         if self.asked.is_some() {
             return;
         }
         let name = "other".to_owned();
-        let request = match self.turn % 3 {
-            0 => Request::Counters,
-            1 => share(&name),
+        let request = match (self.turn % 3, self.role) {
+            (0, _) => Request::Counters,
+            (1, Role::Net) => Request::DetachNic { slot: 0 },
+            (_, Role::Net) => attach_nic(),
+            (1, _) => share(&name),
             _ => Request::Unshare { name },
         };
         self.turn += 1;
-        self.ask(&request);
-        self.asked = Some(request);
+        self.ask(request);
     }
 
     fn answered(&mut self, reply: Reply) {
         match (self.asked.take(), reply) {
             (Some(Request::Counters), Reply::Counters(_)) | (Some(_), Reply::Done) => {}
             (request, reply) => panic!("{reply:?} to {request:?}"),
+        }
+    }
+}
+
+/// Sends back what has come by a tap, as far as there is room, and more than was asked for.
+fn echo(tap: &UnixDatagram) {
+    let mut packet = [1; 0x1_2000];
+    while let Ok(length) = tap.recv(&mut packet) {
+        for length in [length, 60, 0x1_000c] {
+            let _ = tap.send(&packet[..length]);
         }
     }
 }

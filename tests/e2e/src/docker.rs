@@ -156,6 +156,11 @@ impl Docker {
         if self.makes_plugins && Path::new(PLUGINS).exists() {
             fs::remove_dir_all(PLUGINS).with_context(|| format!("cannot remove {PLUGINS}"))?;
         }
+        // The namespace of containers in the host's network is kept by its name.
+        let host_network = self.home.join("exec/netns/default");
+        if self.mounted_at(&host_network)? {
+            unmount(&host_network, UnmountFlags::NOFOLLOW).context("cannot unmount a namespace")?;
+        }
         // A killed daemon's mount of its directory on itself stays, and the next one's is not made.
         if self.mounted_at(&self.data)? {
             unmount(&self.data, UnmountFlags::NOFOLLOW).context("cannot unmount the data")?;

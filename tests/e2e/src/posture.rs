@@ -91,7 +91,7 @@ pub const VMM: &[Row] = &[
     row("locked memory", "0", |t| t.limit("Max locked memory")),
     row("cgroup", "vmm, in the container's", |t| t.cgroup()),
     row("memory", "1342177280", |t| t.cgroup_limit("memory.max")),
-    row("processes and threads", "17", |t| {
+    row("processes and threads", "21", |t| {
         t.cgroup_limit("pids.max")
     }),
 ];
@@ -361,8 +361,8 @@ impl Target {
                     .next()
                     .unwrap_or_default()
                     .trim_matches(['[', ']'])
-            } else if link == "/dev/null" {
-                "/dev/null"
+            } else if ["/dev/null", "/dev/net/tun"].contains(&link.as_str()) {
+                link.as_str()
             } else if link.starts_with('/') {
                 let mount = self.mount_of(&number)?;
                 ensure!(!hosts.contains(&mount), "{link} is a file of the host");

@@ -2,7 +2,7 @@
 //! Devices that are restored from any state, and then used.
 
 use arbitrary::Arbitrary;
-use bulkhead_fuzz::{Rig, Step};
+use bulkhead_fuzz::{Nic, Rig, Step};
 use bulkhead_vmm::devices::{
     event_loop::{EventHandler, EventLoopBuilder},
     virtio::{
@@ -57,6 +57,16 @@ fuzz_target!(|input: Input| {
         for step in &input.steps {
             rig.step(step);
             handler.handle(u32::MAX, EventSet::IN);
+        }
+    }
+
+    let state = changed(&Nic::start().handler.save(), &input.changes);
+    let mut nic = Nic::start();
+    if let Some(state) = state
+        && nic.handler.restore(&state).is_ok()
+    {
+        for step in &input.steps {
+            nic.step(step);
         }
     }
 });

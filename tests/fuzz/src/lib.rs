@@ -1,12 +1,23 @@
 //! A driver that keeps to no rules, for the devices of the VMM, and a file server with a few files.
 
-use std::{fs, os::unix::fs::symlink, sync::Arc};
+use std::{
+    fs,
+    os::{
+        fd::OwnedFd,
+        unix::{fs::symlink, net::UnixDatagram},
+    },
+    sync::Arc,
+};
 
 use arbitrary::Arbitrary;
 use bulkhead_fs::{FileServer, ShareOptions};
 use bulkhead_vmm::{
     bus::MmioDevice,
-    devices::virtio::{Device, mmio::Transport},
+    devices::virtio::{
+        Device,
+        mmio::Transport,
+        net::{Interface, Kicks, LaneState, Limits, Net, NetHandler},
+    },
     memory::{self, GuestMemory},
 };
 use rustix::fs::{Mode, OFlags, open};
@@ -19,6 +30,8 @@ const RINGS: u64 = 0x1000;
 const DRIVER_RING: u64 = 0x400;
 const DEVICE_RING: u64 = 0x800;
 const QUEUE_SIZE: u16 = 8;
+/// The most queues of a device.
+const QUEUES: usize = 5;
 
 const DESCRIPTOR_NEXT: u16 = 1;
 const DESCRIPTOR_WRITE: u16 = 2;
@@ -57,7 +70,7 @@ pub struct Rig<D> {
     /// The device.
     pub transport: Arc<Transport<D>>,
     memory: GuestMemory,
-    available: [u16; 4],
+    available: [u16; QUEUES],
 }
 
 impl<D: Device> Rig<D> {
@@ -65,20 +78,25 @@ impl<D: Device> Rig<D> {
     pub fn start(device: D) -> Self {
         let memory = memory::allocate(1).expect("a MiB of memory");
         let event = || EventFd::new(EFD_NONBLOCK).expect("an eventfd");
-        let queues = (0..).zip(device.queue_sizes()).map(|(index, _)| index);
-        let queues: Vec<u32> = queues.collect();
         let transport = Transport::new(device, memory.clone(), event(), event());
+        Self::drive(Arc::new(transport), memory, 0)
+    }
+
+    /// A driver that has started this device as it should, with these features of its type.
+    fn drive(transport: Arc<Transport<D>>, memory: GuestMemory, features: u64) -> Self {
+        let queues = u32::try_from(transport.lock().queues.len()).unwrap_or(0);
+        let features = u32::try_from(features).unwrap_or(0);
         let write = |offset: u64, value: u32| transport.write(offset, &value.to_le_bytes());
         for status in [1, 3] {
             write(0x70, status);
         }
         // VIRTIO_F_VERSION_1 and VIRTIO_F_EVENT_IDX.
-        for (selector, features) in [(0, 1 << 29), (1, 1)] {
+        for (selector, features) in [(0, 1 << 29 | features), (1, 1)] {
             write(0x24, selector);
             write(0x20, features);
         }
         write(0x70, 11);
-        for index in queues {
+        for index in 0..queues {
             let base = u32::try_from(RINGS).unwrap_or(0) * (index + 1);
             for (offset, value) in [
                 (0x30, index),
@@ -93,9 +111,9 @@ impl<D: Device> Rig<D> {
         }
         write(0x70, 15);
         Self {
-            transport: Arc::new(transport),
+            transport,
             memory,
-            available: [0; 4],
+            available: [0; QUEUES],
         }
     }
 
@@ -117,7 +135,7 @@ impl<D: Device> Rig<D> {
                 queue,
                 buffers,
                 content,
-            } => self.send((*queue % 4).into(), buffers, content),
+            } => self.send(usize::from(*queue) % QUEUES, buffers, content),
             Step::Kick | Step::Event { .. } => {}
         }
     }
@@ -156,6 +174,91 @@ impl<D: Device> Rig<D> {
         // What does not fit is cut off at the end of memory.
         let _ = self.memory.write(bytes, GuestAddress(address));
     }
+}
+
+/// A slot with a network interface of two lanes.
+pub struct Nic {
+    /// The driver's side.
+    pub rig: Rig<Net>,
+    /// The device.
+    pub handler: NetHandler,
+    states: [LaneState; LANES],
+    peers: Vec<UnixDatagram>,
+}
+
+/// Lanes of the interface.
+const LANES: usize = 2;
+/// What a driver must accept (section 5.1.3), and what it needs for several lanes.
+const NIC_FEATURES: u64 = 1 << 1 | 1 << 7 | 1 << 8 | 1 << 15 | 1 << 17 | 1 << 22;
+
+impl Nic {
+    /// An interface that a driver has started as it should.
+    pub fn start() -> Self {
+        let event = || Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
+        let kicks: Kicks = (0..LANES).map(|_| event()).collect();
+        let memory = memory::allocate(1).expect("a MiB of memory");
+        let device = Net::new(kicks.clone());
+        let transport = Transport::new(device, memory.clone(), kicks[0].clone(), event());
+        let transport = Arc::new(transport);
+        let handler = NetHandler::new(transport.clone(), kicks, Limits::default());
+        let (interface, peers) = interface();
+        handler.attach(interface).expect("an empty slot");
+        Self {
+            rig: Rig::drive(transport, memory, NIC_FEATURES),
+            handler,
+            states: Default::default(),
+            peers,
+        }
+    }
+
+    /// Takes a step.
+    pub fn step(&mut self, step: &Step) {
+        self.rig.step(step);
+        if let Step::Event { token, events } = step {
+            match events % 8 {
+                0 => drop(self.handler.detach()),
+                1 => {
+                    let (interface, peers) = interface();
+                    if self.handler.attach(interface).is_ok() {
+                        self.peers = peers;
+                    }
+                }
+                2 => drop(self.peers[0].recv(&mut [0; 5000])),
+                many => {
+                    let packet = [*events; 0x1_0000];
+                    let length = usize::from(*token) << (many % 8 + 1);
+                    let lane = usize::from(*token) % LANES;
+                    let _ = self.peers[lane].send(&packet[..length]);
+                }
+            }
+        }
+        self.serve();
+    }
+
+    /// Lets the device work on all lanes.
+    pub fn serve(&mut self) {
+        for (lane, state) in self.states.iter_mut().enumerate() {
+            self.handler.kicked(lane);
+            state.readable = true;
+            state.full = false;
+            self.handler.serve(lane, state, |_| {});
+        }
+    }
+}
+
+fn interface() -> (Interface, Vec<UnixDatagram>) {
+    let (taps, peers): (Vec<_>, Vec<_>) = (0..LANES)
+        .map(|_| UnixDatagram::pair().expect("sockets"))
+        .unzip();
+    for socket in taps.iter().chain(&peers) {
+        socket.set_nonblocking(true).expect("a socket");
+    }
+    let interface = Interface {
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+        taps: taps.into_iter().map(OwnedFd::from).collect(),
+    };
+    (interface, peers)
 }
 
 /// A file server with one share, a new directory with a file, a directory and a link that leads out.

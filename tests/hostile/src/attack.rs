@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Most queues of a device.
-const MAX_QUEUES: usize = 3;
+const MAX_QUEUES: usize = 5;
 /// Where descriptors lie that others point to: behind everything else.
 const TABLES: u64 = ARENA + (8 << 20);
 
@@ -80,7 +80,7 @@ impl<R: Requests> Rig<R> {
     }
 
     fn restart(&mut self) {
-        let mut features = VERSION_1;
+        let mut features = VERSION_1 | self.requests.features();
         for feature in [EVENT_IDX, INDIRECT_DESC] {
             features |= self.random.below(4).min(1) * feature;
         }
@@ -314,7 +314,8 @@ impl<R: Requests> Rig<R> {
     /// Rings where they cannot be, or on top of each other.
     fn misplace(&mut self) {
         let device = self.device;
-        device.negotiate(VERSION_1 | self.random.pick(&[0, EVENT_IDX, INDIRECT_DESC]));
+        let features = VERSION_1 | self.requests.features();
+        device.negotiate(features | self.random.pick(&[0, EVENT_IDX, INDIRECT_DESC]));
         for index in 0..self.count {
             let size = self.requests.queue_sizes()[index];
             let random = &mut self.random;

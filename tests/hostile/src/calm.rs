@@ -75,8 +75,8 @@ impl Calm {
         Device::at(1).start(FEATURES, &mut files);
         let mut rng = [Queue::new(2, 0, 8)];
         Device::at(2).start(FEATURES, &mut rng);
-        let mut console = [0, 1].map(|index| Queue::new(3, index, 16));
-        Device::at(3).start(FEATURES, &mut console);
+        let mut console = [0, 1].map(|index| Queue::new(4, index, 16));
+        Device::at(4).start(FEATURES, &mut console);
         let mut socket = Socket {
             to_guest: sockets[0],
             from_guest: sockets[1],
@@ -154,7 +154,7 @@ impl Calm {
 
         store_bytes(BUFFERS, LINE);
         self.console.offer(&[buffer(low(LINE.len() as u64), false)]);
-        back(Device::at(3), &mut self.console);
+        back(Device::at(4), &mut self.console);
     }
 }
 

@@ -48,14 +48,17 @@ pub const WRITE: u16 = 2;
 /// A descriptor's buffer holds descriptors.
 pub const INDIRECT: u16 = 4;
 
+/// Bytes from one network device to the next.
+const NIC_SIZE: u64 = 0x200;
+
 /// Bytes from one queue's rings to the next one's.
 const RINGS: u64 = 0x1_0000;
 /// Queues of a device for which there is room.
-const MAX_QUEUES: u64 = 4;
+const MAX_QUEUES: u64 = 5;
 /// End of the rings of the device at the first place.
 pub const RINGS_END: u64 = ARENA + MAX_QUEUES * RINGS;
 /// Where requests lie.
-pub const BUFFERS: u64 = ARENA + (1 << 20);
+pub const BUFFERS: u64 = ARENA + (2 << 20);
 /// Cycles for which an answer is waited for: some tens of milliseconds.
 pub const PATIENCE: u64 = 1 << 27;
 
@@ -71,6 +74,13 @@ impl Device {
     pub fn at(place: u64) -> Self {
         Self {
             base: DEVICES + place * DEVICE_SIZE,
+        }
+    }
+
+    /// The device of a network interface's slot.
+    pub fn nic(slot: u64) -> Self {
+        Self {
+            base: DEVICES + 3 * DEVICE_SIZE + slot * NIC_SIZE,
         }
     }
 

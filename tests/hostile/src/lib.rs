@@ -25,6 +25,7 @@ pub mod driver;
 mod entry;
 pub mod fs;
 pub mod machine;
+pub mod net;
 pub mod options;
 pub mod platform;
 pub mod race;
@@ -39,6 +40,7 @@ use crate::{
         Word::{Number, Text},
         say,
     },
+    net::Net,
     options::{Options, Role},
     race::Second,
     random::Random,
@@ -74,6 +76,7 @@ pub fn run(command_line: &[u8], trampoline: &'static [u8]) {
         Role::Fs => attack(Fs::new(), &options, trampoline),
         Role::Rng => attack(Rng, &options, trampoline),
         Role::Console => attack(Console, &options, trampoline),
+        Role::Net => attack(Net, &options, trampoline),
     }
 }
 

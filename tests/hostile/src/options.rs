@@ -22,6 +22,8 @@ pub enum Role {
     Rng,
     /// The console device.
     Console,
+    /// A network device.
+    Net,
     /// The I/O APIC, ports, and what lies between devices.
     Platform,
     /// Nothing: the guest uses its devices as it should and checks what they do.
@@ -29,11 +31,12 @@ pub enum Role {
 }
 
 impl Role {
-    const NAMES: [(&str, Self); 6] = [
+    const NAMES: [(&str, Self); 7] = [
         ("vsock", Self::Vsock),
         ("fs", Self::Fs),
         ("rng", Self::Rng),
         ("console", Self::Console),
+        ("net", Self::Net),
         ("platform", Self::Platform),
         ("calm", Self::Calm),
     ];

@@ -66,6 +66,10 @@ pub trait Requests {
     fn device(&self) -> Device;
     /// The largest sizes of its queues.
     fn queue_sizes(&self) -> &'static [u16];
+    /// Features of this type of device that its driver accepts.
+    fn features(&self) -> u64 {
+        0
+    }
     /// The device has just been started.
     fn started(&mut self, _device: Device, _queues: &mut [Queue]) {}
     /// Writes a request that the device will mostly carry out, to `at` and no further than [`ROOM`].
@@ -103,7 +107,7 @@ pub struct Console;
 
 impl Requests for Console {
     fn device(&self) -> Device {
-        Device::at(3)
+        Device::at(4)
     }
 
     fn queue_sizes(&self) -> &'static [u16] {

@@ -164,6 +164,7 @@ fn compose(setting: &Setting) -> Result<()> {
         format!(
             "image: {BUSYBOX}\n    pull_policy: never\n    runtime: {runtime}\n    \
              command: /probe probe serve {PORT}\n    stdin_open: true\n    \
+             healthcheck: {{ test: /probe probe ask 127.0.0.1:{PORT} 1, interval: 2s }}\n    \
              volumes: ['{}:/probe:ro', 'data:/data']\n    ports: ['{port}:{PORT}']\n",
             own.display(),
         )
@@ -186,7 +187,7 @@ fn compose(setting: &Setting) -> Result<()> {
             .finish()?
             .succeeds()
     };
-    run(&["up", "--detach"])?;
+    run(&["up", "--detach", "--wait"])?;
     for port in [8081, 8082] {
         ask((Ipv4Addr::LOCALHOST, port).into(), BYTES)
             .with_context(|| format!("at port {port}"))?;

@@ -115,7 +115,7 @@ fn no_vsock(setting: &Setting) -> Result<()> {
 const OPEN_VMM: &str = "/usr/local/lib/bulkhead-test/bulkhead-vmm";
 
 /// The kinds of threads of a VMM.
-const THREADS: [&str; 4] = ["main", "vcpu", "devices", "fs"];
+const THREADS: [&str; 5] = ["main", "vcpu", "devices", "fs", "net"];
 
 fn broken_out(setting: &Setting) -> Result<()> {
     let log = Log::start();
