@@ -11,6 +11,7 @@ mod docker;
 mod escapes;
 mod events;
 mod failures;
+mod faults;
 mod io;
 mod jail;
 mod lifecycle;
@@ -114,6 +115,7 @@ pub fn all() -> Vec<Case> {
         apps::cases(),
         failures::cases(),
         crash::cases(),
+        faults::cases(),
         soak::cases(),
         docker::cases(),
     ]
