@@ -2,17 +2,19 @@
 
 use std::{
     fs::{self, DirBuilder},
-    io::{self, ErrorKind},
+    io::{self, ErrorKind, Read, Write},
     os::{
         fd::OwnedFd,
         unix::{
             fs::{DirBuilderExt, PermissionsExt},
-            net::UnixListener,
+            net::{UnixListener, UnixStream},
         },
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
+use protobuf::Message;
 use rustix::{
     io::Errno,
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with},
@@ -22,6 +24,9 @@ use thiserror::Error;
 
 /// Where containerd expects the sockets of shims.
 const SOCKET_DIRECTORY: &str = "/run/containerd/s";
+
+/// How long a shim may take to answer. containerd gives `delete` five seconds in all.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Name of the file in a bundle by which containerd 1.7 finds the shim again.
 const ADDRESS_FILE: &str = "address";
@@ -131,10 +136,14 @@ impl Address {
         Ok(listener)
     }
 
-    /// Whether a shim accepts connections, or will: one that is stuck, with as many waiting for it as
-    /// can, is not waited for.
+    /// Whether a shim answers, or will: one that is stuck is not waited for, nor one with as many
+    /// connections waiting for it as can. One that was killed is connected to as well while the kernel
+    /// closes its other files, which may take long, and does not answer.
     pub fn is_served(&self) -> bool {
-        matches!(self.connect(), Ok(_) | Err(Errno::AGAIN))
+        match self.connect() {
+            Ok(socket) => !is_closed(socket.into()),
+            Err(errno) => errno == Errno::AGAIN,
+        }
     }
 
     fn connect(&self) -> rustix::io::Result<OwnedFd> {
@@ -165,6 +174,43 @@ impl Address {
     }
 }
 
+/// Asks something that every shim answers at once; whether the other end was closed instead.
+fn is_closed(mut shim: UnixStream) -> bool {
+    let mut ask = || -> io::Result<usize> {
+        shim.set_nonblocking(false)?;
+        shim.set_read_timeout(Some(ANSWER_DEADLINE))?;
+        shim.set_write_timeout(Some(ANSWER_DEADLINE))?;
+        shim.write_all(&question()?)?;
+        shim.read(&mut [0])
+    };
+    match ask() {
+        Ok(read) => read == 0,
+        Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut),
+    }
+}
+
+/// `Connect`, as ttrpc has it on its first stream.
+fn question() -> io::Result<Vec<u8>> {
+    const STREAM: u32 = 1;
+    const REQUEST: u8 = 1;
+    const NO_FLAGS: u8 = 0;
+    let request = ttrpc::Request {
+        service: "containerd.task.v2.Task".into(),
+        method: "Connect".into(),
+        ..ttrpc::Request::default()
+    };
+    let body = request.write_to_bytes().map_err(io::Error::other)?;
+    let length = u32::try_from(body.len()).map_err(io::Error::other)?;
+    let stream = STREAM.to_be_bytes();
+    Ok([
+        &length.to_be_bytes()[..],
+        &stream,
+        &[REQUEST, NO_FLAGS],
+        &body,
+    ]
+    .concat())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -192,6 +238,7 @@ mod tests {
             fs::metadata(&address.path).unwrap().permissions().mode() & 0o777,
             0o600
         );
+        // It has not answered yet.
         assert!(address.is_served());
         // Nor does a shim that accepts nothing make anybody wait.
         rustix::net::listen(&first, 0).unwrap();
@@ -205,6 +252,18 @@ mod tests {
         address.remove().unwrap();
         address.remove().unwrap();
         assert!(address.listen().is_ok());
+    }
+
+    #[test]
+    fn a_shim_that_is_ending_serves_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let address = Address {
+            path: directory.path().join("s"),
+        };
+        let listener = address.listen().unwrap();
+        let ending = std::thread::spawn(move || drop(listener.accept().unwrap()));
+        assert!(!address.is_served());
+        ending.join().unwrap();
     }
 
     #[test]

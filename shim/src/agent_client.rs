@@ -142,7 +142,12 @@ async fn call<T>(
     deadline: Duration,
     request: impl Future<Output = ttrpc::Result<T>>,
 ) -> Result<T, AgentError> {
-    match timeout(deadline, request).await {
+    #[cfg(feature = "steps")]
+    crate::steps::before(name).await;
+    let answer = timeout(deadline, request).await;
+    #[cfg(feature = "steps")]
+    crate::steps::after(name).await;
+    match answer {
         Ok(result) => result.map_err(AgentError::from_ttrpc),
         Err(_) => Err(AgentError::Deadline {
             call: name,

@@ -50,6 +50,8 @@ pub mod start;
 pub mod state;
 pub mod stats;
 pub mod stdio;
+#[cfg(feature = "steps")]
+pub mod steps;
 pub mod streams;
 pub mod text;
 pub mod timeline;

@@ -44,7 +44,7 @@ use crate::{
 
 /// How long containerd may take to end a pod that has no containers any more. It says so with the last
 /// deletion, unless it was restarted in the middle of that: then it knows of nothing to end.
-const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(20);
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The longest OCI object in JSON that is passed to the guest, in bytes.
 const MAX_OBJECT: usize = 1 << 20;

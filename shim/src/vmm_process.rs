@@ -216,7 +216,12 @@ impl VmmProcess {
             sent.await?;
             receiver.await.map_err(|_| VmmError::Gone)
         };
-        match timeout(REQUEST_DEADLINE, exchange).await {
+        #[cfg(feature = "steps")]
+        crate::steps::before(request.name()).await;
+        let answer = timeout(REQUEST_DEADLINE, exchange).await;
+        #[cfg(feature = "steps")]
+        crate::steps::after(request.name()).await;
+        match answer {
             Ok(Ok(Reply::Failed(reason))) => {
                 Err(VmmError::Refused(text::one_line(&reason, MAX_REASON)))
             }

@@ -82,6 +82,14 @@ pub fn build_open_vmm() -> Result<PathBuf> {
     Ok(static_dir().join("lab/bulkhead-vmm"))
 }
 
+/// Builds a shim that a test can hold at a step of its choice.
+pub fn build_held_shim() -> Result<PathBuf> {
+    let step = Step::announce("Building a shim that waits for the tests");
+    for_lab(&["--package", "bulkhead-shim", "--features", "steps"])?;
+    step.done();
+    Ok(static_dir().join("lab/containerd-shim-bulkhead-v2"))
+}
+
 fn for_lab(arguments: &[&str]) -> Result<()> {
     let mut build = cargo();
     build.args(["build", "--profile", "lab", "--bins"]);

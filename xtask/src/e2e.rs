@@ -22,6 +22,9 @@ const E2E: &str = "/usr/local/bin/bulkhead-e2e";
 /// Where they find a VMM with attacker code in it.
 const OPEN_VMM: &str = "/usr/local/lib/bulkhead-test/bulkhead-vmm";
 
+/// And a shim that they can hold at a step.
+const HELD_SHIM: &str = "/usr/local/lib/bulkhead-test/containerd-shim-bulkhead-v2";
+
 /// How long one test may take.
 const TEST_LIMIT: Duration = Duration::from_secs(30 * 60);
 
@@ -39,6 +42,8 @@ pub struct Programs {
     pub tests: PathBuf,
     /// The VMM with attacker code in it.
     pub open_vmm: PathBuf,
+    /// The shim that waits for the tests.
+    pub held_shim: PathBuf,
 }
 
 /// A test, as the tests' program lists it.
@@ -176,6 +181,7 @@ fn use_lab(
     install::install_in_lab(&programs.built, &lab)?;
     lab.push(&programs.tests, E2E)?;
     lab.push(&programs.open_vmm, OPEN_VMM)?;
+    lab.push(&programs.held_shim, HELD_SHIM)?;
     step.done();
     let debian = number == 0 && lock(progress).waiting.iter().any(|test| test.debian);
     if debian {

@@ -26,6 +26,7 @@ pub fn run(selection: &Selection) -> Result<i32> {
             built: build::build()?,
             tests: build::build_e2e()?,
             open_vmm: build::build_open_vmm()?,
+            held_shim: build::build_held_shim()?,
         };
         finish(kernel)?;
         finish(images)?;

@@ -91,14 +91,20 @@ impl Pod {
         let (Some(shim), None) = (shims.next(), shims.next()) else {
             bail!("there is not exactly one shim for {id} among {all:#?}");
         };
-        let children = all
-            .iter()
-            .filter(|process| process.parent == shim.pid)
-            .cloned()
-            .collect();
+        Self::among(&all, shim.pid)
+    }
+
+    /// The pod of the shim with this process id.
+    pub fn served_by(shim: i32) -> Result<Self> {
+        Self::among(&processes()?, shim)
+    }
+
+    fn among(all: &[Process], shim: i32) -> Result<Self> {
+        let found = all.iter().find(|process| process.pid == shim);
+        let children = all.iter().filter(|process| process.parent == shim);
         Ok(Self {
-            shim: shim.clone(),
-            children,
+            shim: found.with_context(|| format!("no shim {shim}"))?.clone(),
+            children: children.cloned().collect(),
         })
     }
 

@@ -19,6 +19,7 @@ mod posture;
 mod probe;
 mod residue;
 mod shim;
+mod steps;
 mod terminal;
 
 use std::process::ExitCode;

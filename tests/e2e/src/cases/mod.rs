@@ -12,6 +12,7 @@ mod docker_network;
 mod escapes;
 mod events;
 mod failures;
+mod faults;
 mod io;
 mod jail;
 mod lifecycle;
@@ -117,6 +118,7 @@ pub fn all() -> Vec<Case> {
         apps::cases(),
         failures::cases(),
         crash::cases(),
+        faults::cases(),
         soak::cases(),
         docker::cases(),
         docker_network::cases(),
