@@ -19,7 +19,7 @@ use crate::{
     errors::TaskError,
     events::Event,
     hooks,
-    network::namespace::Namespace,
+    network::{NetworkError, namespace::Namespace},
     pod::PodError,
     process::Process,
     rootfs::Rootfs,
@@ -111,6 +111,15 @@ impl Neighbourhood {
         joined.collect()
     }
 
+    /// Another container's network can be joined in its own VM alone.
+    fn check_network(&self, spec: &Spec) -> Result<(), NetworkError> {
+        let mut named = spec.namespaces_of_processes();
+        let foreign = named
+            .find(|(kind, pid)| *kind == "network" && !self.containers.contains_key(pid))
+            .map(|(_, pid)| pid);
+        foreign.map_or(Ok(()), |pid| Err(NetworkError::Foreign(pid)))
+    }
+
     /// Who is in the same network namespace on the host, by whatever path it came there.
     fn in_the_network_of(&self, anchor: u32) -> Option<&String> {
         if self.containers.is_empty() {
@@ -146,6 +155,8 @@ async fn build(
     let bundle = Path::new(&request.bundle);
     let (spec, spec_bytes) = Spec::read(bundle)?;
     let apparmor_policy = apparmor::policy(spec.apparmor_profile())?;
+
+    neighbourhood.check_network(&spec)?;
 
     let root = spec.root.as_ref().map(|root| root.path.as_path());
     let rootfs = Rootfs::new(bundle, &request.rootfs, root)?;

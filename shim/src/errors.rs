@@ -76,9 +76,11 @@ impl TaskError {
             Self::Unsupported(_) | Self::Rootfs(RootfsError::Unsupported(_)) => Code::UNIMPLEMENTED,
             Self::Cgroup(CgroupError::NotV2 | CgroupError::Path(_)) => Code::FAILED_PRECONDITION,
             Self::Apparmor(_) => Code::FAILED_PRECONDITION,
-            Self::Network(NetworkError::TooMany(_) | NetworkError::Unsupported { .. }) => {
-                Code::FAILED_PRECONDITION
-            }
+            Self::Network(
+                NetworkError::Foreign(_)
+                | NetworkError::TooMany(_)
+                | NetworkError::Unsupported { .. },
+            ) => Code::FAILED_PRECONDITION,
             Self::Agent(error) | Self::Network(NetworkError::Agent(error)) => error.code(),
             Self::Pod(_)
             | Self::Rootfs(_)

@@ -59,6 +59,12 @@ pub enum NetworkError {
     /// The kernel does not tell.
     #[error("Cannot look at the container's network namespace")]
     Scan(#[source] io::Error),
+    /// The namespace is another VM's, or that of a process of the host's.
+    #[error(
+        "linux.namespaces: the network namespace of process {0} is not one of this pod's: its \
+         interfaces cannot be in two places"
+    )]
+    Foreign(u32),
     /// The guest has no place for more.
     #[error("A pod has {NICS} network interfaces at most; there is none left for {0}")]
     TooMany(String),
