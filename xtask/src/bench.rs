@@ -21,6 +21,8 @@ pub enum BenchTask {
     Start,
     /// Creating and starting one more container in a pod that runs, under runc and under Bulkhead.
     Create,
+    /// A container's connections with the host, under runc and under Bulkhead.
+    Network,
 }
 
 /// Runs a measurement; prints its table.
@@ -28,6 +30,7 @@ pub fn run(task: BenchTask) -> Result<i32> {
     let name = match task {
         BenchTask::Start => "start",
         BenchTask::Create => "create",
+        BenchTask::Network => "network",
     };
     let built = build::build()?;
     let program = build::build_e2e()?;

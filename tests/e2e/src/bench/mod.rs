@@ -2,6 +2,7 @@
 //! every machine.
 
 mod create;
+pub mod network;
 mod start;
 
 use anyhow::{Result, ensure};
@@ -22,15 +23,22 @@ pub enum Bench {
         #[arg(long, default_value_t = 15)]
         runs: usize,
     },
+    /// A container's connections with the host, under runc and under Bulkhead.
+    Network {
+        /// How many measurements each median is of.
+        #[arg(long, default_value_t = 3)]
+        runs: usize,
+    },
 }
 
 /// Measures, prints tables, and as the last line everything as JSON.
 pub fn run(bench: &Bench) -> Result<()> {
-    let (Bench::Start { runs } | Bench::Create { runs }) = *bench;
+    let (Bench::Start { runs } | Bench::Create { runs } | Bench::Network { runs }) = *bench;
     ensure!(runs > 0, "a median needs at least one run");
     match bench {
         Bench::Start { .. } => start::run(runs),
         Bench::Create { .. } => create::run(runs),
+        Bench::Network { .. } => network::run(runs),
     }
 }
 

@@ -55,6 +55,11 @@ pub enum Probe {
         /// Of TCP and of UDP.
         port: u16,
     },
+    /// Is the other end of a measurement at this TCP port, until its input ends.
+    Measured {
+        /// Of TCP.
+        port: u16,
+    },
     /// Sends bytes to a [`Probe::Serve`] and compares what comes back.
     Ask {
         /// HOST:PORT
@@ -98,6 +103,7 @@ pub fn run(probe: &Probe) -> Result<()> {
         Probe::Watch => print(&intruder::watch()?),
         Probe::Swap { one, other } => intruder::swap(one, other),
         Probe::Serve { port } => talk::serve(*port),
+        Probe::Measured { port } => talk::measured(*port),
         Probe::Ask { partner, length } => talk::ask(partner, *length),
         Probe::Lock { file } => data::lock_as_another(file),
         Probe::Access { file } => metadata::access_as_another(file),

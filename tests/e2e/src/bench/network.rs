@@ -1,0 +1,179 @@
+//! A container's network: the host talks to it over a bridge and a veth, as CNI sets them up.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use super::{aligned, count, median, table};
+use crate::command::Input;
+use crate::ctr::{BULKHEAD, PROBE, RUNC, Run};
+use crate::network::{Attachment, Bridge, Namespace};
+
+/// Where the container answers.
+const PORT: u16 = 7000;
+
+/// Bytes of a stream.
+const STREAM: u64 = 64 << 20;
+
+/// Questions of one byte, each asked when the one before is answered.
+const QUESTIONS: u32 = 500;
+
+/// Connections, one after the other.
+const CONNECTIONS: u32 = 100;
+
+/// What is measured, with its unit.
+const MEASURES: [(&str, &str); 4] = [
+    ("stream to the container", "MB/s"),
+    ("stream from the container", "MB/s"),
+    ("question and answer", "µs"),
+    ("connection, one byte each way", "µs"),
+];
+
+/// Measures `runs` times, prints a table, and as the last line everything as JSON.
+pub fn run(runs: usize) -> Result<()> {
+    let runc = under(RUNC, runs)?;
+    let bulkhead = under(BULKHEAD, runs)?;
+    let mut table = table(&[
+        "between the host and a container",
+        "runc",
+        "Bulkhead",
+        "ratio",
+    ]);
+    for (index, (what, unit)) in MEASURES.iter().enumerate() {
+        let of = |all: &[[f64; 4]]| {
+            let values: Vec<f64> = all.iter().map(|run| run[index]).collect();
+            median(&values)
+        };
+        let (runc, bulkhead) = (of(&runc), of(&bulkhead));
+        table.add_row([
+            (*what).to_owned(),
+            format!("{runc:.0} {unit}"),
+            format!("{bulkhead:.0} {unit}"),
+            format!("{:.2}", bulkhead / runc),
+        ]);
+    }
+    println!("{}", aligned(table));
+    println!("{}", json!({"runc": runc, "bulkhead": bulkhead}));
+    Ok(())
+}
+
+/// The measures of each run, in a container of this runtime.
+fn under(runtime: &str, runs: usize) -> Result<Vec<[f64; 4]>> {
+    let bridge = Bridge::new();
+    let namespace = Namespace::new()?;
+    let eth = Attachment::bridge(&namespace, "eth0", &bridge)?;
+    let mut container = Run::new(runtime)
+        .with_probe()?
+        .flags(&["--with-ns", &namespace.flag()])
+        .input(Input::Open)
+        .spawn(&[PROBE, "probe", "measured", &PORT.to_string()])?;
+    container.client.expect("ready")?;
+    let to = SocketAddr::new(eth.address(false)?.parse()?, PORT);
+    // The first run finds caches cold.
+    let measured: Vec<[f64; 4]> = (0..=runs)
+        .map(|_| measure(to))
+        .collect::<Result<_>>()
+        .with_context(|| format!("under {runtime}"))?;
+    container.client.close_stdin();
+    container.finish()?.succeeds()?;
+    Ok(measured[1..].to_vec())
+}
+
+fn measure(to: SocketAddr) -> Result<[f64; 4]> {
+    let megabytes = count(STREAM) / 1e6;
+    Ok([
+        megabytes / seconds(|| sink(to))?,
+        megabytes / seconds(|| source(to))?,
+        seconds(|| questions(to))? * 1e6 / f64::from(QUESTIONS),
+        seconds(|| connections(to))? * 1e6 / f64::from(CONNECTIONS),
+    ])
+}
+
+fn seconds(work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let begun = Instant::now();
+    work()?;
+    Ok(begun.elapsed().as_secs_f64())
+}
+
+/// The first byte says what a [`partner`] does.
+const SINK: u8 = b'i';
+const SOURCE: u8 = b'o';
+const ECHO: u8 = b'e';
+
+/// All of it is taken, and one byte says so.
+fn sink(to: SocketAddr) -> Result<()> {
+    let mut stream = connect(to, SINK)?;
+    let block = vec![7; 1 << 17];
+    let mut left = STREAM;
+    while left > 0 {
+        let part = block.len().min(usize::try_from(left)?);
+        stream.write_all(&block[..part])?;
+        left -= u64::try_from(part)?;
+    }
+    stream.shutdown(Shutdown::Write)?;
+    stream.read_exact(&mut [0])?;
+    Ok(())
+}
+
+fn source(to: SocketAddr) -> Result<()> {
+    let mut stream = connect(to, SOURCE)?;
+    let mut block = vec![0; 1 << 17];
+    let mut all = 0;
+    loop {
+        match stream.read(&mut block)? {
+            0 => break,
+            length => all += u64::try_from(length)?,
+        }
+    }
+    ensure!(all == STREAM, "{all} bytes came");
+    Ok(())
+}
+
+fn questions(to: SocketAddr) -> Result<()> {
+    let mut stream = connect(to, ECHO)?;
+    for _ in 0..QUESTIONS {
+        stream.write_all(&[1])?;
+        stream.read_exact(&mut [0])?;
+    }
+    Ok(())
+}
+
+fn connections(to: SocketAddr) -> Result<()> {
+    for _ in 0..CONNECTIONS {
+        let mut stream = connect(to, ECHO)?;
+        stream.write_all(&[1])?;
+        stream.read_exact(&mut [0])?;
+    }
+    Ok(())
+}
+
+fn connect(to: SocketAddr, job: u8) -> Result<TcpStream> {
+    let mut stream = TcpStream::connect(to).context("cannot connect")?;
+    stream.set_nodelay(true)?;
+    stream.write_all(&[job])?;
+    Ok(stream)
+}
+
+/// The other end of a measurement.
+pub fn partner(mut stream: TcpStream) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut job = [0];
+    stream.read_exact(&mut job)?;
+    let mut block = vec![7; 1 << 17];
+    match job[0] {
+        SINK => {
+            while stream.read(&mut block)? > 0 {}
+            stream.write_all(&[1])
+        }
+        SOURCE => std::io::copy(&mut std::io::repeat(7).take(STREAM), &mut stream).map(drop),
+        _ => loop {
+            match stream.read(&mut block)? {
+                0 => return Ok(()),
+                length => stream.write_all(&block[..length])?,
+            }
+        },
+    }
+}
