@@ -22,35 +22,35 @@ const VMM: &str = "/usr/local/bin/bulkhead-vmm";
 
 pub fn cases() -> Vec<Case> {
     vec![
-        bulkhead("a VMM that is killed in the middle of a call", |_| {
+        bulkhead("a VMM that is killed in the middle of a call leaves nothing behind", |_| {
             some(Victim::Vmm)
         }),
-        bulkhead("an anchor that is killed in the middle of a call", |_| {
+        bulkhead("an anchor that is killed in the middle of a call leaves nothing behind", |_| {
             some(Victim::Anchor)
         }),
-        bulkhead("a shim that is killed in the middle of a call", |_| {
+        bulkhead("a shim that is killed in the middle of a call leaves nothing behind", |_| {
             some(Victim::Shim)
         }),
-        bulkhead("a restart of containerd in the middle of a call", |_| {
+        bulkhead("a restart of containerd in the middle of a call leaves nothing behind", |_| {
             some(Victim::Containerd)
         }),
         bulkhead(
-            "a VMM that is killed before and after each step of each call",
+            "a VMM that is killed before and after each step of each call leaves nothing behind",
             |_| all(&[Victim::Vmm]),
         )
         .soak(),
         bulkhead(
-            "an anchor that is killed before and after each step of each call",
+            "an anchor that is killed before and after each step of each call leaves nothing behind",
             |_| all(&[Victim::Anchor, Victim::ExecAnchor]),
         )
         .soak(),
         bulkhead(
-            "a shim that is killed before and after each step of each call",
+            "a shim that is killed before and after each step of each call leaves nothing behind",
             |_| all(&[Victim::Shim]),
         )
         .soak(),
         bulkhead(
-            "a restart of containerd before and after each step of each call",
+            "a restart of containerd before and after each step of each call leaves nothing behind",
             |_| all(&[Victim::Containerd]),
         )
         .soak(),
