@@ -7,8 +7,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 
 use super::{Case, Setting, bulkhead, case};
 use crate::command::Input;
-use crate::ctr::{Container, Run};
-use crate::host::{self, Pod, StoppedContainerd};
+use crate::ctr::{Container, RUNC, Run};
+use crate::host::{self, Log, Pod, StoppedContainerd};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -114,12 +114,21 @@ fn containerd_restarted(setting: &Setting) -> Result<()> {
     ensure!(task.status == "RUNNING" && task.pid == pid, "{task:?}");
     let done = survivor.exec(&[], &["echo", "reached"])?.exits_with(0)?;
     ensure!(done.out() == "reached\n", "{done}");
-    if let Some(task) = victim.task()? {
-        ensure!(task.status == "STOPPED", "{task:?}");
+    match victim.task()? {
+        Some(task) => ensure!(task.status == "STOPPED", "{task:?}"),
+        // runc does not keep its exit code.
+        None => ensure!(setting.runtime == RUNC, "containerd has lost the end"),
     }
+    let log = Log::start();
     let waiting = survivor.attach()?;
     survivor.kill("TERM")?;
     waiting.finish()?.exits_with(8)?;
+    // The shim's log is read again.
+    let said = log.tail(1 << 20)?;
+    ensure!(
+        setting.runtime == RUNC || said.contains("The pod has ended"),
+        "{said}"
+    );
     Ok(())
 }
 

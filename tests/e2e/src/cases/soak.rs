@@ -68,6 +68,18 @@ impl Footprint {
     }
 }
 
+/// The largest figures of any pod.
+fn largest(all: &[Footprint]) -> String {
+    let most = |figure: fn(&Footprint) -> u64| all.iter().map(figure).max().unwrap_or_default();
+    format!(
+        "shims up to {} KiB and {} descriptors, VMMs up to {} KiB and {} descriptors",
+        most(|one| one.shim.0),
+        most(|one| one.shim.1 as u64),
+        most(|one| one.vmm.0),
+        most(|one| one.vmm.1 as u64)
+    )
+}
+
 fn soak(setting: &Setting) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let containers: Vec<_> = (0..CONTAINERS)
@@ -77,7 +89,11 @@ fn soak(setting: &Setting) -> Result<()> {
     work(&containers, directory.path(), 0..WARM_UP)?;
     let before = footprints()?;
     work(&containers, directory.path(), WARM_UP..WARM_UP + OPERATIONS)?;
-    for (after, before) in footprints()?.iter().zip(&before) {
+    let after = footprints()?;
+    for (when, all) in [("before", &before), ("after", &after)] {
+        eprintln!("    {when}: {}", largest(all));
+    }
+    for (after, before) in after.iter().zip(&before) {
         after.check(before)?;
     }
     Ok(())
