@@ -37,19 +37,26 @@ const TREES: [&str; 4] = [
     "/var/lib/containerd/io.containerd.runtime.v2.task",
 ];
 
-/// What stays by design: the record of kernels that were checked, the file of claimed ids, and the
-/// parents that containerd and runc make once for each of containerd's namespaces.
-const STAYS: [&str; 12] = [
+/// What stays by design: the record of kernels that were checked, the file of claimed ids, the parents
+/// that containerd and runc make once for each of containerd's namespaces, the bridge of pods and the
+/// parent of their cgroups.
+const STAYS: [&str; 18] = [
     "/run/bulkhead",
     "/run/bulkhead/ids",
     "/run/bulkhead/verified.json",
     "/run/containerd/runc/default",
+    "/run/containerd/runc/k8s.io",
     "/run/containerd/runc",
     "/run/containerd/fifo",
     "/run/containerd/s",
     "/run/containerd/io.containerd.runtime.v2.task/default",
+    "/run/containerd/io.containerd.runtime.v2.task/k8s.io",
     "/run/containerd/io.containerd.runtime.v2.task/moby",
+    "/run/netns",
+    "/sys/class/net/cni0",
+    "/sys/fs/cgroup/kubepods",
     "/var/lib/containerd/io.containerd.runtime.v2.task/default",
+    "/var/lib/containerd/io.containerd.runtime.v2.task/k8s.io",
     "/var/lib/containerd/io.containerd.runtime.v2.task/moby",
     "/sys/fs/cgroup/default",
 ];

@@ -18,6 +18,7 @@ mod namespaces;
 mod neighbours;
 mod outputs;
 mod parity;
+mod pods;
 mod soak;
 
 use anyhow::Result;
@@ -116,6 +117,7 @@ pub fn all() -> Vec<Case> {
         crash::cases(),
         soak::cases(),
         docker::cases(),
+        pods::cases(),
     ]
     .into_iter()
     .flatten()

@@ -1,0 +1,267 @@
+//! The life of pods and of their containers.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use super::{Case, Setting, case};
+use crate::command::DEADLINE;
+use crate::cri::{Cri, Member, refusal};
+use crate::host;
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("a pod runs two containers by way of CRI", two_containers),
+        case("containers of a pod come and go while others run", come_and_go),
+        case(
+            "containers of a pod may share pids, and be debugged by another",
+            shared_pids,
+        ),
+        case("a pod's containers outlive its first process", first_process),
+        case("kubectl logs finds what a container has written", logs),
+        case("a command in a container of a pod may take only so long", exec_timeout),
+    ]
+}
+
+/// `DEADLINE_EXCEEDED` of gRPC.
+const DEADLINE_EXCEEDED: i32 = 4;
+
+/// A namespace of a container.
+fn namespace(member: &Member, kind: &str) -> Result<String> {
+    member.says(&format!("readlink /proc/self/ns/{kind}"))
+}
+
+fn two_containers(setting: &Setting) -> Result<()> {
+    let cri = Cri::new(&setting.runtime)?;
+    let pod = cri.pod(&json!({}))?;
+    ensure!(pod.status()?["state"] == "SANDBOX_READY");
+    let first = pod.start("first", &json!({}))?;
+    let second = pod.start("second", &json!({ "envs": [{ "key": "NAME", "value": "two" }] }))?;
+    ensure!(first.status()?["state"] == "CONTAINER_RUNNING");
+    let done = first.exec("echo out; echo err >&2; exit 3")?;
+    ensure!(
+        done.code == 3 && done.out == "out\n" && done.err == "err\n",
+        "{done:?}"
+    );
+    ensure!(second.says("echo $NAME")? == "two");
+    for kind in ["net", "ipc", "uts"] {
+        let (a, b) = (namespace(&first, kind)?, namespace(&second, kind)?);
+        ensure!(a == b, "{kind} is not shared: {a}, {b}");
+    }
+    for kind in ["pid", "mnt"] {
+        let (a, b) = (namespace(&first, kind)?, namespace(&second, kind)?);
+        ensure!(a != b, "{kind} is shared");
+    }
+    ensure!(first.says("hostname")? == "in-pod");
+    // What the one keeps in the pod's shared memory, the other finds.
+    first.says("echo shared > /dev/shm/file")?;
+    ensure!(second.says("cat /dev/shm/file")? == "shared");
+    let size = first.says("df -k /dev/shm | tail -n 1 | awk '{ print $2 }'")?;
+    ensure!(size == "65536", "/dev/shm has {size} KiB");
+
+    first.stop(60)?;
+    let status = first.status()?;
+    ensure!(
+        status["state"] == "CONTAINER_EXITED" && status["exit_code"] == 0,
+        "{status}"
+    );
+    second.says("true")?;
+    first.remove()?;
+    pod.stop()?;
+    let status = second.ended()?;
+    ensure!(status["exit_code"] == 137, "{status}");
+    let status = pod.status()?;
+    ensure!(status["state"] == "SANDBOX_NOTREADY", "{status}");
+    drop((first, second));
+    drop(pod);
+    cri.end()
+}
+
+fn come_and_go(setting: &Setting) -> Result<()> {
+    let cri = Cri::new(&setting.runtime)?;
+    let pod = cri.pod(&json!({}))?;
+    let volume = pod.volume("work")?;
+    let in_volume = |script: &str| {
+        json!({
+            "command": ["sh", "-c", script],
+            "mounts": [{ "host_path": volume, "container_path": "/work" }],
+        })
+    };
+    // Init containers, each after the last.
+    for number in ["1", "2"] {
+        let script = format!("echo {number} >> /work/done; exit {number}");
+        let member = pod.start(&format!("init-{number}"), &in_volume(&script))?;
+        let status = member.ended()?;
+        ensure!(status["exit_code"].to_string() == number, "{status}");
+        member.remove()?;
+    }
+    ensure!(fs::read_to_string(volume.join("done"))? == "1\n2\n");
+
+    let sidecar = pod.start("sidecar", &json!({}))?;
+    for attempt in 0..3 {
+        let mut config = in_volume("echo again >> /work/done; exit 7");
+        config["metadata"] = json!({ "name": "main", "attempt": attempt });
+        let main = pod.start("main", &config)?;
+        ensure!(main.ended()?["exit_code"] == 7);
+        sidecar.says("true")?;
+        // What has ended keeps its status until it is removed.
+        ensure!(main.status()?["reason"] == "Error");
+        main.remove()?;
+    }
+    let done = fs::read_to_string(volume.join("done"))?;
+    ensure!(done == "1\n2\nagain\nagain\nagain\n", "{done:?}");
+
+    // A container that is only created, and one whose program is missing.
+    let created = pod.create("created", &json!({}))?;
+    ensure!(created.status()?["state"] == "CONTAINER_CREATED");
+    created.remove()?;
+    let missing = pod.create("missing", &json!({ "command": ["/no-such-program"] }))?;
+    let refused = refusal(missing.start())?;
+    ensure!(refused.message.contains("no-such-program"), "{refused}");
+    ensure!(missing.ended()?["exit_code"] == 128);
+    sidecar.says("true")?;
+    drop((created, missing, sidecar));
+    drop(pod);
+    cri.end()
+}
+
+fn shared_pids(setting: &Setting) -> Result<()> {
+    let cri = Cri::new(&setting.runtime)?;
+    let options = json!({ "security_context": { "namespace_options": { "pid": "POD" } } });
+    let pod = cri.pod(&json!({ "linux": options }))?;
+    let first = pod.start("first", &json!({ "command": ["sleep", "111111"] }))?;
+    let second = pod.start("second", &json!({}))?;
+    let processes = second.says("ps -o pid,args")?;
+    ensure!(
+        processes.contains("sleep 111111") && processes.contains("1 /busybox sh"),
+        "{processes}"
+    );
+    second.says("kill -9 $(pidof sleep | tr ' ' '\\n' | while read pid; do \
+                 grep -q 111111 /proc/$pid/cmdline && echo $pid; done)")?;
+    let status = first.ended()?;
+    ensure!(status["exit_code"] == 137, "{status}");
+    second.says("true")?;
+    drop((first, second));
+    drop(pod);
+
+    // An ephemeral container sees the processes of the one that it is to debug, and no others.
+    let pod = cri.pod(&json!({}))?;
+    let target = pod.start("target", &json!({ "command": ["sleep", "222222"] }))?;
+    let other = pod.start("other", &json!({ "command": ["sleep", "333333"] }))?;
+    let options = json!({ "pid": "TARGET", "target_id": target.id });
+    let debugger = pod.start(
+        "debugger",
+        &json!({ "linux": { "security_context": { "namespace_options": options } } }),
+    )?;
+    let processes = debugger.says("ps -o pid,args")?;
+    ensure!(
+        processes.contains("1 sleep 222222") && !processes.contains("333333"),
+        "{processes}"
+    );
+    ensure!(debugger.says("cat /proc/1/root/etc/passwd | head -n 1")?.contains("root"));
+    debugger.stop(60)?;
+    debugger.remove()?;
+    ensure!(target.status()?["state"] == "CONTAINER_RUNNING");
+    drop((target, other, debugger));
+    drop(pod);
+    cri.end()
+}
+
+fn first_process(setting: &Setting) -> Result<()> {
+    let cri = Cri::new(&setting.runtime)?;
+    let pod = cri.pod(&json!({}))?;
+    let member = pod.start("member", &json!({}))?;
+    let waiting = pod.start("waiting", &json!({ "command": ["sleep", "100000"] }))?;
+    host::kill(pod.pid()?)?;
+    let begun = Instant::now();
+    while pod.status()?["state"] == "SANDBOX_READY" {
+        ensure!(begun.elapsed() < DEADLINE, "the pod stays ready");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // No new containers, but what runs goes on.
+    for member in [&member, &waiting] {
+        ensure!(member.says("hostname")? == "in-pod");
+        ensure!(member.status()?["state"] == "CONTAINER_RUNNING");
+    }
+    member.stop(60)?;
+    ensure!(member.ended()?["exit_code"] == 0);
+    waiting.says("true")?;
+    pod.stop()?;
+    ensure!(waiting.ended()?["exit_code"] == 137);
+    drop((member, waiting));
+    drop(pod);
+    cri.end()
+}
+
+fn logs(setting: &Setting) -> Result<()> {
+    let cri = Cri::new(&setting.runtime)?;
+    let pod = cri.pod(&json!({}))?;
+    let script = "echo first; echo error >&2; printf unfinished; \
+                  while [ ! -e /go ]; do sleep 0.1; done; echo; echo second; exec sleep 100000";
+    let member = pod.start("writer", &json!({ "command": ["sh", "-c", script] }))?;
+    wait_for(&member, "error")?;
+    let old = member.log.with_extension("old");
+    fs::rename(&member.log, &old)?;
+    member.reopen_log()?;
+    member.says("touch /go")?;
+    wait_for(&member, "second")?;
+    let mut lines = Vec::new();
+    for log in [&old, &member.log] {
+        let log = fs::read_to_string(log).with_context(|| log.display().to_string())?;
+        lines.extend(log.lines().map(str::to_owned));
+    }
+    let mut whole = String::new();
+    for line in &lines {
+        // A time with nanoseconds and its zone, the stream, whether the line is whole, and the text.
+        let [time, stream, tag, text] = line.splitn(4, ' ').collect::<Vec<_>>()[..] else {
+            anyhow::bail!("not a log: {line:?}");
+        };
+        ensure!(time.contains('T') && time.contains('.'), "{line:?}");
+        if stream == "stdout" {
+            whole.push_str(text);
+            whole.push_str(if tag == "F" { "\n" } else { "" });
+        }
+    }
+    let errors = lines.iter().filter(|line| line.ends_with(" stderr F error"));
+    ensure!(
+        whole == "first\nunfinished\nsecond\n" && errors.count() == 1,
+        "{lines:#?}"
+    );
+    drop(member);
+    drop(pod);
+    cri.end()
+}
+
+fn wait_for(member: &Member, text: &str) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        // It may just have been renamed.
+        let log = fs::read_to_string(&member.log).unwrap_or_default();
+        if log.contains(text) {
+            return Ok(());
+        }
+        ensure!(begun.elapsed() < DEADLINE, "no {text:?} in {log:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn exec_timeout(setting: &Setting) -> Result<()> {
+    let cri = Cri::new(&setting.runtime)?;
+    let pod = cri.pod(&json!({}))?;
+    let member = pod.start("member", &json!({}))?;
+    let refused = refusal(member.exec_within(2, &["sleep", "444444"]))?;
+    ensure!(refused.code == DEADLINE_EXCEEDED, "{refused}");
+    let processes = member.says("ps -o args")?;
+    ensure!(!processes.contains("sleep 444444"), "{processes}");
+    let done = member.exec_within(60, &["/no-such-program"]);
+    let refused = refusal(done)?;
+    ensure!(refused.message.contains("no-such-program"), "{refused}");
+    // All that was written is there when the answer is.
+    let long = member.says("head -c 1000000 /dev/zero | tr '\\0' x")?;
+    ensure!(long.len() == 1_000_000, "{} bytes", long.len());
+    drop(member);
+    drop(pod);
+    cri.end()
+}
