@@ -23,6 +23,8 @@ use crate::{
     apparmor::Profiles,
     cgroup::{self, CgroupError},
     log,
+    memory::SharedMemory,
+    mirrors::Mirrors,
     serve::{self, Guest, ServeError},
     transport::Transport,
 };
@@ -32,6 +34,12 @@ const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// Where the shares of the host are mounted.
 const SHARED_DIR: &str = "/run/bulkhead/shared";
+
+/// Where the memory is mounted that containers share.
+const MEMORY_DIR: &str = "/run/bulkhead/memory";
+
+/// Where copies of shares are mounted.
+const MIRROR_DIR: &str = "/run/bulkhead/mirrors";
 
 /// Descriptors that a process may have by default: the kernel's own upper bound (`fs.nr_open`).
 const OPEN_FILES: u64 = 1_048_576;
@@ -101,6 +109,8 @@ fn boot(started_ns: u64) -> Result<(), BootError> {
         transport: Transport::Vsock,
         shared_dir: PathBuf::from(SHARED_DIR),
         cgroup_root: PathBuf::from(CGROUP_ROOT),
+        memory: SharedMemory::new(MEMORY_DIR.into()),
+        mirrors: Mirrors::new(MIRROR_DIR.into()),
         profiles: Profiles::default(),
         started_ns,
         ready_ns,

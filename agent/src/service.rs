@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use bulkhead_agent_api::{
     messages::{
         ContainerRequest, CreateContainerRequest, Empty, ExecRequest, InfoRequest, InfoResponse,
-        OomRequest, OomResponse, ProcessRequest, ResizePtyRequest, SignalRequest, StatsResponse,
-        UpdateRequest, WaitResponse,
+        OomRequest, OomResponse, ProcessRequest, ResizePtyRequest, ShareRequest, SignalRequest,
+        StatsResponse, UpdateRequest, WaitResponse,
     },
     service::Agent,
 };
@@ -21,11 +21,12 @@ use oci_spec::runtime::LinuxNamespaceType;
 
 use crate::{
     boot,
-    container::Container,
+    container::{Container, share_path},
     error::ServiceError,
     neighbours::{Neighbours, Networks},
     reaper::Reaper,
     serve::Guest,
+    volumes,
 };
 
 /// Longest name of a container: with the prefix of its cgroup it must fit into a file name.
@@ -255,6 +256,28 @@ impl Agent for Service {
         let container = self.0.container(&request.container_id)?;
         self.finish(async move { container.update(&request.resources).await })
             .await?;
+        Ok(Empty::default())
+    }
+
+    async fn refresh_mirror(
+        &self,
+        _: &TtrpcContext,
+        request: ShareRequest,
+    ) -> ttrpc::Result<Empty> {
+        let state = Arc::clone(&self.0);
+        self.finish(async move { state.guest.mirrors.refresh(&request.share).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn release_share(&self, _: &TtrpcContext, request: ShareRequest) -> ttrpc::Result<Empty> {
+        let state = Arc::clone(&self.0);
+        let path = share_path(&state.guest.shared_dir, &request.share)?;
+        self.finish(async move {
+            state.guest.mirrors.remove(&request.share).await?;
+            volumes::release(path).await
+        })
+        .await?;
         Ok(Empty::default())
     }
 

@@ -8,8 +8,8 @@ use std::{
 use bulkhead_agent_api::{
     messages::{
         ConnectRequest, ContainerRequest, CreateContainerRequest, ExecRequest, InfoRequest,
-        InfoResponse, NetworkRequest, OomRequest, ProcessRequest, ResizePtyRequest, SignalRequest,
-        StatsResponse, UpdateRequest,
+        InfoResponse, NetworkRequest, OomRequest, ProcessRequest, ResizePtyRequest, ShareRequest,
+        SignalRequest, StatsResponse, UpdateRequest,
     },
     service::AgentClient as Service,
 };
@@ -213,6 +213,22 @@ impl AgentClient {
         call("SetNetwork", SETUP_DEADLINE, answer).await.map(drop)
     }
 
+    /// Makes the guest's copy of a share what the share is now.
+    pub async fn refresh_mirror(&self, share: &str) -> Result<(), AgentError> {
+        let request = named(share);
+        let answer = self.service.refresh_mirror(Context::default(), &request);
+        call("RefreshMirror", SETUP_DEADLINE, answer)
+            .await
+            .map(drop)
+    }
+
+    /// Has the guest let go of a share, and of its copy.
+    pub async fn release_share(&self, share: &str) -> Result<(), AgentError> {
+        let request = named(share);
+        let answer = self.service.release_share(Context::default(), &request);
+        call("ReleaseShare", SETUP_DEADLINE, answer).await.map(drop)
+    }
+
     /// Connects a stream with a port of a container.
     pub async fn connect(&self, request: &ConnectRequest) -> Result<(), AgentError> {
         let answer = self.service.connect(Context::default(), request);
@@ -350,6 +366,13 @@ impl AgentClient {
             return Err(AgentError::Invalid { call: "Stats" });
         }
         Ok(stats)
+    }
+}
+
+fn named(share: &str) -> ShareRequest {
+    ShareRequest {
+        share: share.to_owned(),
+        ..ShareRequest::default()
     }
 }
 

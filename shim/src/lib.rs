@@ -34,6 +34,8 @@ pub mod hooks;
 pub mod ids;
 pub mod info;
 pub mod logging;
+pub mod mirror;
+pub mod mount_table;
 pub mod mounts;
 pub mod options;
 pub mod overlay;
@@ -55,6 +57,7 @@ pub mod timeline;
 pub mod tree;
 pub mod view;
 pub mod vmm_process;
+pub mod volumes;
 
 use std::{env, ffi::OsString, io::Write, process::ExitCode};
 

@@ -19,7 +19,7 @@ use bulkhead_rootfs_builder::{GuestFiles, VerifyError, verify};
 use bulkhead_vmm_control::{Counters, Reply, Request, UserNamespace, UserNamespaceError};
 use thiserror::Error;
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, mpsc, watch},
     time::{Instant, sleep_until, timeout_at},
 };
 
@@ -36,6 +36,7 @@ use crate::{
     text,
     timeline::{GuestTimes, Phase, Timeline},
     vmm_process::{Notice, VmmError, VmmProcess, VmmSettings},
+    volumes::Volumes,
 };
 
 /// How long to wait for the VMM to tell why the agent's connection is gone.
@@ -136,6 +137,7 @@ pub struct Pod {
     state: watch::Sender<State>,
     belongings: Mutex<Belongings>,
     confinement: OnceLock<Confinement>,
+    volumes: AsyncMutex<Volumes>,
     streams: Arc<Streams>,
     timeline: Arc<Timeline>,
 }
@@ -147,6 +149,7 @@ impl Pod {
             state: watch::Sender::new(State::Booting),
             belongings: Mutex::default(),
             confinement: OnceLock::new(),
+            volumes: AsyncMutex::default(),
             streams: Streams::new(),
             timeline,
         });
@@ -395,6 +398,11 @@ impl Pod {
     /// What the VMM is kept from. There is nothing before there is a VMM.
     pub fn confinement(&self) -> Option<&Confinement> {
         self.confinement.get()
+    }
+
+    /// What of the host its containers have mounted.
+    pub async fn volumes(&self) -> AsyncMutexGuard<'_, Volumes> {
+        self.volumes.lock().await
     }
 
     /// Holds the pod to these limits of CPU time, whatever its guest does.

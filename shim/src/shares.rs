@@ -1,11 +1,12 @@
 //! What of the host a container can see: its root and the sources of its bind mounts.
 
 use std::{
+    io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
-use bulkhead_agent_api::messages::SharedMount;
+use bulkhead_agent_api::messages::{MemoryMount, SharedMount};
 use bulkhead_vmm_control::{IdMap, IdRange, UserNamespaceError, namespace_with};
 use nix::mount::MsFlags;
 use thiserror::Error;
@@ -18,6 +19,7 @@ use crate::{
     text,
     tree::{self, TreeError},
     vmm_process::VmmError,
+    volumes::shared_memory,
 };
 
 /// Failures with shares.
@@ -33,6 +35,17 @@ pub enum ShareError {
         /// What failed.
         #[source]
         source: TreeError,
+    },
+    /// The source of a bind mount cannot be looked at.
+    #[error("Cannot mount {path} on {destination}")]
+    Look {
+        /// The source on the host.
+        path: PathBuf,
+        /// Where in the container.
+        destination: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
     },
     /// A hook's program cannot be used.
     #[error("Cannot have the hook {path} run in the container's namespaces")]
@@ -87,6 +100,17 @@ pub enum ShareError {
 #[derive(Debug, Default)]
 pub struct Shares {
     names: Vec<String>,
+    /// Those that other containers of the pod may use as well.
+    volumes: Vec<String>,
+}
+
+/// Where the guest finds what the spec's mounts are to show.
+#[derive(Debug, Default)]
+pub struct Mounts {
+    /// What the host has.
+    pub shared: Vec<SharedMount>,
+    /// What is the pod's memory.
+    pub memory: Vec<MemoryMount>,
 }
 
 impl Shares {
@@ -118,27 +142,40 @@ impl Shares {
         &mut self,
         pod: &Pod,
         confinement: &Confinement,
-        prefix: &str,
         spec: &Spec,
-    ) -> Result<Vec<SharedMount>, ShareError> {
+    ) -> Result<Mounts, ShareError> {
         let users = spec.user_ids();
-        let mut shared = Vec::new();
+        let mut mounts = Mounts::default();
+        let mut volumes = pod.volumes().await;
         for (index, mount) in (0u32..).zip(spec.mounts.iter().flatten()) {
             if !mount.is_bind() {
                 continue;
             }
-            let tree = bind(confinement, mount, &users)?;
-            let name = format!("{prefix}-m{index}");
-            let options = (mount.is_read_only(), false);
-            self.add(pod, &name, tree.as_fd(), options, mount.source.clone())
-                .await?;
-            shared.push(SharedMount {
+            let memory = shared_memory(mount).map_err(|source| ShareError::Look {
+                path: mount.source.clone(),
+                destination: mount.destination.clone(),
+                source,
+            })?;
+            if let Some(size) = memory {
+                mounts.memory.push(MemoryMount {
+                    index,
+                    name: mount.source.display().to_string(),
+                    size,
+                    ..MemoryMount::default()
+                });
+                continue;
+            }
+            let names = &mut self.volumes;
+            let added = volumes.add(pod, confinement, mount, &users, names).await?;
+            let (share, mirrored) = added;
+            mounts.shared.push(SharedMount {
                 index,
-                share: name,
+                share,
+                mirrored,
                 ..SharedMount::default()
             });
         }
-        Ok(shared)
+        Ok(mounts)
     }
 
     /// Shares the programs of the hooks that run in the container's namespaces but come from the host.
@@ -186,21 +223,30 @@ impl Shares {
 
     /// Takes all of them away. The VMM, if it still is there, holds nothing of them afterwards.
     pub async fn remove(&mut self, pod: &Pod) {
+        let mut volumes = pod.volumes().await;
+        for name in self.volumes.drain(..) {
+            report(&name, volumes.remove(pod, &name).await);
+        }
+        drop(volumes);
         for name in self.names.drain(..) {
-            match pod.unshare(&name).await {
-                Ok(()) | Err(VmmError::Gone) => {}
-                Err(error) => {
-                    let error = text::chain(&error);
-                    tracing::warn!(name, error, "Cannot take a share away");
-                }
-            }
+            report(&name, pod.unshare(&name).await);
+        }
+    }
+}
+
+fn report(name: &str, taken: Result<(), VmmError>) {
+    match taken {
+        Ok(()) | Err(VmmError::Gone) => {}
+        Err(error) => {
+            let error = text::chain(&error);
+            tracing::warn!(name, error, "Cannot take a share away");
         }
     }
 }
 
 /// The source of a bind mount, under the ids of the pod. `users` are those of the container's user
 /// namespace.
-fn bind(
+pub fn bind(
     confinement: &Confinement,
     mount: &Mount,
     users: &IdMappings,

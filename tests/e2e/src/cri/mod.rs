@@ -4,6 +4,7 @@
 //! them away.
 
 mod client;
+mod streams;
 
 use std::cell::Cell;
 use std::fs;
@@ -17,6 +18,7 @@ use serde_json::{Value, json};
 
 use self::client::Client;
 pub use self::client::Refused;
+pub use self::streams::Streams;
 use crate::command::DEADLINE;
 use crate::ctr::{self, ctr};
 
@@ -187,7 +189,9 @@ impl Pod<'_> {
         let tasks = ctr(&["--namespace", NAMESPACE, "task", "ls"])?.succeeds()?;
         let line = tasks.lines().find(|line| line.starts_with(&self.id));
         let pid = line.and_then(|line| line.split_whitespace().nth(1));
-        Ok(pid.with_context(|| format!("no task of the pod in {tasks}"))?.parse()?)
+        Ok(pid
+            .with_context(|| format!("no task of the pod in {tasks}"))?
+            .parse()?)
     }
 
     /// Ends everything in it.
@@ -266,6 +270,20 @@ impl Member<'_> {
         Ok(answer["status"].take())
     }
 
+    /// Waits until its log has this text; gives the log.
+    pub fn logs(&self, text: &str) -> Result<String> {
+        let begun = Instant::now();
+        loop {
+            // It may just have been renamed.
+            let log = fs::read_to_string(&self.log).unwrap_or_default();
+            if log.contains(text) {
+                return Ok(log);
+            }
+            ensure!(begun.elapsed() < DEADLINE, "no {text:?} in {log:?}");
+            thread::sleep(PAUSE);
+        }
+    }
+
     /// Its `ContainerStats`.
     pub fn stats(&self) -> Result<Value> {
         let mut answer = self.call("ContainerStats", &json!({}))?;
@@ -297,6 +315,26 @@ impl Member<'_> {
         })
     }
 
+    /// `Exec` of a command with all of its streams, or on a terminal.
+    pub fn spawn(&self, command: &[&str], tty: bool) -> Result<Streams> {
+        let answer = self.call(
+            "Exec",
+            &json!({
+                "cmd": command, "tty": tty, "stdin": true, "stdout": true, "stderr": !tty,
+            }),
+        )?;
+        Streams::connect(&text(&answer["url"])?)
+    }
+
+    /// `Attach` to its streams.
+    pub fn attach(&self) -> Result<Streams> {
+        let answer = self.call(
+            "Attach",
+            &json!({ "stdin": true, "stdout": true, "stderr": true }),
+        )?;
+        Streams::connect(&text(&answer["url"])?)
+    }
+
     /// `ExecSync` of a script.
     pub fn exec(&self, script: &str) -> Result<Executed> {
         self.exec_within(0, &["sh", "-c", script])
@@ -307,19 +345,6 @@ impl Member<'_> {
         let done = self.exec(script)?;
         ensure!(done.code == 0, "`{script}`: {done:?}");
         Ok(done.out.trim_end().to_owned())
-    }
-
-    /// Runs a script that must succeed until it writes something other than nothing.
-    pub fn says_at_last(&self, script: &str, within: Duration) -> Result<String> {
-        let begun = Instant::now();
-        loop {
-            let said = self.says(script)?;
-            if !said.is_empty() {
-                return Ok(said);
-            }
-            ensure!(begun.elapsed() < within, "`{script}` said nothing");
-            thread::sleep(PAUSE);
-        }
     }
 }
 
@@ -353,6 +378,13 @@ pub fn mount(host: &Path, container: &str) -> Value {
     json!({ "host_path": host, "container_path": container })
 }
 
+/// The mount of this program, for its [`crate::probe`].
+pub fn probe() -> Result<Value> {
+    let mut mount = mount(&std::env::current_exe()?, ctr::PROBE);
+    mount["readonly"] = json!(true);
+    Ok(mount)
+}
+
 /// Why containerd refused something.
 pub fn refusal<T>(result: Result<T>) -> Result<Refused> {
     match result {
@@ -364,7 +396,9 @@ pub fn refusal<T>(result: Result<T>) -> Result<Refused> {
 /// A string of an answer.
 pub fn text(value: &Value) -> Result<String> {
     let text = value.as_str();
-    Ok(text.with_context(|| format!("no text: {value}"))?.to_owned())
+    Ok(text
+        .with_context(|| format!("no text: {value}"))?
+        .to_owned())
 }
 
 /// A number of an answer; those of 64 bits are strings in JSON.

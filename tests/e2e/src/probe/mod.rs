@@ -14,6 +14,7 @@ mod spec;
 mod stream;
 mod syscalls;
 pub mod tree;
+mod volume;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -48,6 +49,21 @@ pub enum Probe {
         one: PathBuf,
         /// The other.
         other: PathBuf,
+    },
+    /// What happens to a file or in a directory.
+    Events {
+        /// What to watch.
+        path: PathBuf,
+    },
+    /// Locks a file and changes it in memory until another process does.
+    Call {
+        /// The file, which is made.
+        file: PathBuf,
+    },
+    /// Is the other process.
+    Answer {
+        /// The file.
+        file: PathBuf,
     },
     /// Tries to lock a file as another process does.
     #[command(hide = true)]
@@ -84,6 +100,9 @@ pub fn run(probe: &Probe) -> Result<()> {
         Probe::Stream { length } => stream::write(*length),
         Probe::Watch => print(&intruder::watch()?),
         Probe::Swap { one, other } => intruder::swap(one, other),
+        Probe::Events { path } => volume::events(path),
+        Probe::Call { file } => volume::call(file),
+        Probe::Answer { file } => volume::answer(file),
         Probe::Lock { file } => data::lock_as_another(file),
         Probe::Access { file } => metadata::access_as_another(file),
         Probe::Overwrite { file } => data::overwrite_as_another(file),

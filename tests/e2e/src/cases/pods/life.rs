@@ -14,14 +14,24 @@ use crate::host;
 pub fn cases() -> Vec<Case> {
     vec![
         case("a pod runs two containers by way of CRI", two_containers),
-        case("containers of a pod come and go while others run", come_and_go),
+        case(
+            "containers of a pod come and go while others run",
+            come_and_go,
+        ),
         case(
             "containers of a pod may share pids, and be debugged by another",
             shared_pids,
         ),
-        case("a pod's containers outlive its first process", first_process),
+        case(
+            "a pod's containers outlive its first process",
+            first_process,
+        ),
         case("kubectl logs finds what a container has written", logs),
-        case("a command in a container of a pod may take only so long", exec_timeout),
+        case(
+            "a command in a container of a pod may take only so long",
+            exec_timeout,
+        ),
+        case("kubectl exec and attach talk to a container", streams),
     ]
 }
 
@@ -38,7 +48,10 @@ fn two_containers(setting: &Setting) -> Result<()> {
     let pod = cri.pod(&json!({}))?;
     ensure!(pod.status()?["state"] == "SANDBOX_READY");
     let first = pod.start("first", &json!({}))?;
-    let second = pod.start("second", &json!({ "envs": [{ "key": "NAME", "value": "two" }] }))?;
+    let second = pod.start(
+        "second",
+        &json!({ "envs": [{ "key": "NAME", "value": "two" }] }),
+    )?;
     ensure!(first.status()?["state"] == "CONTAINER_RUNNING");
     let done = first.exec("echo out; echo err >&2; exit 3")?;
     ensure!(
@@ -138,8 +151,10 @@ fn shared_pids(setting: &Setting) -> Result<()> {
         processes.contains("sleep 111111") && processes.contains("1 /busybox sh"),
         "{processes}"
     );
-    second.says("kill -9 $(pidof sleep | tr ' ' '\\n' | while read pid; do \
-                 grep -q 111111 /proc/$pid/cmdline && echo $pid; done)")?;
+    second.says(
+        "kill -9 $(pidof sleep | tr ' ' '\\n' | while read pid; do \
+                 grep -q 111111 /proc/$pid/cmdline && echo $pid; done)",
+    )?;
     let status = first.ended()?;
     ensure!(status["exit_code"] == 137, "{status}");
     second.says("true")?;
@@ -160,7 +175,11 @@ fn shared_pids(setting: &Setting) -> Result<()> {
         processes.contains("1 sleep 222222") && !processes.contains("333333"),
         "{processes}"
     );
-    ensure!(debugger.says("cat /proc/1/root/etc/passwd | head -n 1")?.contains("root"));
+    ensure!(
+        debugger
+            .says("cat /proc/1/root/etc/passwd | head -n 1")?
+            .contains("root")
+    );
     debugger.stop(60)?;
     debugger.remove()?;
     ensure!(target.status()?["state"] == "CONTAINER_RUNNING");
@@ -201,12 +220,12 @@ fn logs(setting: &Setting) -> Result<()> {
     let script = "echo first; echo error >&2; printf unfinished; \
                   while [ ! -e /go ]; do sleep 0.1; done; echo; echo second; exec sleep 100000";
     let member = pod.start("writer", &json!({ "command": ["sh", "-c", script] }))?;
-    wait_for(&member, "error")?;
+    member.logs("error")?;
     let old = member.log.with_extension("old");
     fs::rename(&member.log, &old)?;
     member.reopen_log()?;
     member.says("touch /go")?;
-    wait_for(&member, "second")?;
+    member.logs("second")?;
     let mut lines = Vec::new();
     for log in [&old, &member.log] {
         let log = fs::read_to_string(log).with_context(|| log.display().to_string())?;
@@ -224,7 +243,9 @@ fn logs(setting: &Setting) -> Result<()> {
             whole.push_str(if tag == "F" { "\n" } else { "" });
         }
     }
-    let errors = lines.iter().filter(|line| line.ends_with(" stderr F error"));
+    let errors = lines
+        .iter()
+        .filter(|line| line.ends_with(" stderr F error"));
     ensure!(
         whole == "first\nunfinished\nsecond\n" && errors.count() == 1,
         "{lines:#?}"
@@ -232,19 +253,6 @@ fn logs(setting: &Setting) -> Result<()> {
     drop(member);
     drop(pod);
     cri.end()
-}
-
-fn wait_for(member: &Member, text: &str) -> Result<()> {
-    let begun = Instant::now();
-    loop {
-        // It may just have been renamed.
-        let log = fs::read_to_string(&member.log).unwrap_or_default();
-        if log.contains(text) {
-            return Ok(());
-        }
-        ensure!(begun.elapsed() < DEADLINE, "no {text:?} in {log:?}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
 }
 
 fn exec_timeout(setting: &Setting) -> Result<()> {
@@ -262,6 +270,46 @@ fn exec_timeout(setting: &Setting) -> Result<()> {
     let long = member.says("head -c 1000000 /dev/zero | tr '\\0' x")?;
     ensure!(long.len() == 1_000_000, "{} bytes", long.len());
     drop(member);
+    drop(pod);
+    cri.end()
+}
+
+fn streams(setting: &Setting) -> Result<()> {
+    let cri = Cri::new(&setting.runtime)?;
+    let pod = cri.pod(&json!({}))?;
+    let script = "while read line; do echo \"got $line\"; done";
+    let member = pod.start(
+        "member",
+        &json!({ "command": ["sh", "-c", script], "stdin": true }),
+    )?;
+    let script = "read line; echo \"read $line\"; echo error >&2; exit 7";
+    let mut exec = member.spawn(&["sh", "-c", script], false)?;
+    exec.write("a line\n")?;
+    let (code, out, err) = exec.finish()?;
+    ensure!(
+        code == 7 && out == "read a line\n" && err == "error\n",
+        "{code}, {out:?}, {err:?}"
+    );
+
+    let mut shell = member.spawn(&["sh"], true)?;
+    shell.resize(123, 45)?;
+    let script = "until [ \"$(stty size)\" = '45 123' ]; do sleep 0.1; done; echo of-that-size\n";
+    shell.write(script)?;
+    shell.expect("\nof-that-size")?;
+    shell.write("exit 5\n")?;
+    let (code, out, _) = shell.finish()?;
+    ensure!(code == 5, "{code}, {out:?}");
+
+    let mut attached = member.attach()?;
+    attached.write("one\n")?;
+    attached.expect("got one\n")?;
+    drop(attached);
+    // Whoever leaves does not end it.
+    let mut attached = member.attach()?;
+    attached.write("two\n")?;
+    attached.expect("got two\n")?;
+    ensure!(member.status()?["state"] == "CONTAINER_RUNNING");
+    drop((attached, member));
     drop(pod);
     cri.end()
 }

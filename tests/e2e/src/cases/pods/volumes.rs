@@ -1,25 +1,33 @@
 //! Volumes, as the kubelet makes them.
 
-use std::fs::{self, File};
-use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use rustix::mount::{MountFlags, UnmountFlags, mount as mount_at, unmount};
 use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::{Case, Setting, case};
-use crate::cri::{Cri, mount};
+use crate::cri::{Cri, mount, probe};
 
-/// How soon a container sees what the kubelet has changed.
-const SOON: Duration = Duration::from_secs(20);
+/// How soon a container sees what the kubelet has changed, though each look takes long here.
+const SOON: Duration = Duration::from_secs(5);
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("a pod's containers share volumes with each other and the host", shared),
-        case("a container sees a config map at once when it changes", config_map),
-        case("a container may have a part of a volume, and leave a message", parts),
+        case(
+            "a pod's containers share volumes with each other and the host",
+            shared,
+        ),
+        case(
+            "a container sees a config map at once when it changes",
+            config_map,
+        ),
+        case(
+            "a container may have a part of a volume, and leave a message",
+            parts,
+        ),
     ]
 }
 
@@ -28,8 +36,14 @@ struct InMemory(PathBuf);
 
 impl InMemory {
     fn at(path: PathBuf) -> Result<Self> {
-        mount_at("tmpfs", &path, "tmpfs", MountFlags::empty(), Some(c"size=16m"))
-            .with_context(|| format!("mount a tmpfs at {}", path.display()))?;
+        mount_at(
+            "tmpfs",
+            &path,
+            "tmpfs",
+            MountFlags::empty(),
+            Some(c"size=16m"),
+        )
+        .with_context(|| format!("mount a tmpfs at {}", path.display()))?;
         Ok(Self(path))
     }
 }
@@ -59,6 +73,7 @@ fn shared(setting: &Setting) -> Result<()> {
         mount(&in_memory.0, "/memory"),
         read_only,
         mount(&host_path.join("file"), "/etc/one-file"),
+        probe()?,
     ];
     let first = pod.start("first", &with(&mounts))?;
     let second = pod.start("second", &with(&mounts))?;
@@ -71,22 +86,30 @@ fn shared(setting: &Setting) -> Result<()> {
     ensure!(fs::read_to_string(on_disk.join("a"))? == "one\ntwo\n");
     ensure!(fs::read_to_string(in_memory.0.join("a"))? == "one\ntwo\n");
     ensure!(first.says("cat /host/file /etc/one-file")? == "from the host\nfrom the host");
-    ensure!(first.exec("echo x > /host/file")?.code != 0, "it is writable");
-    // Locks of the one are seen by the other.
-    let lock = "exec 3> /disk/lock; flock -n 3 || exit 9;";
-    let holder = pod.start(
-        "holder",
+    ensure!(
+        first.exec("echo x > /host/file")?.code != 0,
+        "it is writable"
+    );
+    // They see each other's locks, mapped memory and events.
+    let caller = pod.start(
+        "caller",
         &json!({
-            "command": ["sh", "-c", format!("{lock} touch /disk/locked; exec sleep 100000")],
+            "command": ["/probe", "probe", "call", "/disk/called"],
             "mounts": mounts,
         }),
     )?;
-    first.says_at_last("ls /disk/locked 2>/dev/null || true", SOON)?;
-    let done = second.exec(lock)?;
-    ensure!(done.code == 9, "two have the lock: {done:?}");
-    holder.stop(0)?;
-    ensure!(second.exec(lock)?.code == 0, "the lock stays");
-    drop((first, second, holder));
+    caller.logs("called")?;
+    second.says("/probe probe answer /disk/called")?;
+    ensure!(caller.ended()?["exit_code"] == 0);
+    let watcher = pod.start(
+        "watcher",
+        &json!({ "command": ["/probe", "probe", "events", "/disk"], "mounts": mounts }),
+    )?;
+    watcher.logs("watching")?;
+    second.says("mv /disk/a /disk/b")?;
+    watcher.logs("IN_MOVED_TO) b")?;
+    drop((caller, watcher));
+    drop((first, second));
     pod.stop()?;
     drop(in_memory);
     drop(pod);
@@ -132,14 +155,24 @@ fn config_map(setting: &Setting) -> Result<()> {
     let mut volume = Atomic::new(pod.volume("config")?)?;
     let mut read_only = mount(&volume.path, "/config");
     read_only["readonly"] = json!(true);
-    let member = pod.start("member", &with(&[read_only]))?;
+    let mounts = [read_only, probe()?];
+    let member = pod.start("member", &with(&mounts))?;
+    let watcher = pod.start(
+        "watcher",
+        &json!({ "command": ["/probe", "probe", "events", "/config"], "mounts": mounts }),
+    )?;
     ensure!(member.says("cat /config/key")? == "0");
+    watcher.logs("watching")?;
     for content in ["1", "22", "3"] {
+        let written = Instant::now();
         volume.write(content)?;
-        let said = member.says("cat /config/key")?;
-        ensure!(said == content, "{said:?} instead of {content:?}");
+        while member.says("cat /config/key")? != content {
+            ensure!(written.elapsed() < SOON, "{content:?} is not seen");
+        }
     }
-    drop(member);
+    // Programs that watch their configuration wait for this.
+    watcher.logs("IN_MOVED_TO) ..data\n")?;
+    drop((member, watcher));
     drop(pod);
     cri.end()
 }
