@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use bulkhead_agent_api::{
     messages::{
         ContainerRequest, CreateContainerRequest, Empty, ExecRequest, InfoRequest, InfoResponse,
-        OomRequest, OomResponse, ProcessRequest, ResizePtyRequest, ShareRequest, SignalRequest,
-        StatsResponse, UpdateRequest, WaitResponse,
+        OomRequest, OomResponse, ProcessRequest, ReleaseRequest, ResizePtyRequest, ShareRequest,
+        SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
     },
     service::Agent,
 };
@@ -270,12 +270,19 @@ impl Agent for Service {
         Ok(Empty::default())
     }
 
-    async fn release_share(&self, _: &TtrpcContext, request: ShareRequest) -> ttrpc::Result<Empty> {
+    async fn release_shares(
+        &self,
+        _: &TtrpcContext,
+        request: ReleaseRequest,
+    ) -> ttrpc::Result<Empty> {
         let state = Arc::clone(&self.0);
-        let path = share_path(&state.guest.shared_dir, &request.share)?;
         self.finish(async move {
-            state.guest.mirrors.remove(&request.share).await?;
-            volumes::release(path).await
+            for share in &request.shares {
+                let path = share_path(&state.guest.shared_dir, share)?;
+                state.guest.mirrors.remove(share).await?;
+                volumes::release(path).await?;
+            }
+            Ok(())
         })
         .await?;
         Ok(Empty::default())

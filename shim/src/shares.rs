@@ -223,18 +223,16 @@ impl Shares {
 
     /// Takes all of them away. The VMM, if it still is there, holds nothing of them afterwards.
     pub async fn remove(&mut self, pod: &Pod) {
-        let mut volumes = pod.volumes().await;
-        for name in self.volumes.drain(..) {
-            report(&name, volumes.remove(pod, &name).await);
-        }
-        drop(volumes);
+        let volumes = std::mem::take(&mut self.volumes);
+        pod.volumes().await.remove(pod, volumes).await;
         for name in self.names.drain(..) {
             report(&name, pod.unshare(&name).await);
         }
     }
 }
 
-fn report(name: &str, taken: Result<(), VmmError>) {
+/// Logs why a share is not taken away, if so.
+pub fn report(name: &str, taken: Result<(), VmmError>) {
     match taken {
         Ok(()) | Err(VmmError::Gone) => {}
         Err(error) => {

@@ -19,7 +19,6 @@ use crate::{
     shares::{self, ShareError},
     spec::{IdMappings, Mount},
     text,
-    vmm_process::VmmError,
 };
 
 /// Where a container has the memory that its pod shares (shm_overview(7)).
@@ -57,8 +56,9 @@ pub struct Volumes {
 
 impl Volumes {
     /// Shares the source of a bind mount, unless that was done, and returns the share's name and whether
-    /// the guest is to have a copy of it. `users` are the ids of the container's user namespace. Whatever the outcome, [`Volumes::remove`] is to
-    /// be called for each name that is noted in `names`.
+    /// the guest is to have a copy of it. `users` are the ids of the container's user namespace.
+    /// Whatever the outcome, [`Volumes::remove`] is to be called with each name that is noted in
+    /// `names`.
     pub async fn add(
         &mut self,
         pod: &Pod,
@@ -103,24 +103,40 @@ impl Volumes {
         Ok((name, mirrored))
     }
 
-    /// Ends one use of a share. With the last one it is taken away.
-    pub async fn remove(&mut self, pod: &Pod, name: &str) -> Result<(), VmmError> {
-        let mut all = self.volumes.iter_mut();
-        if let Some((identity, volume)) = all.find(|(_, volume)| volume.name == name) {
-            volume.users -= 1;
-            if volume.users > 0 {
-                return Ok(());
-            }
-            let identity = identity.clone();
-            self.volumes.remove(&identity);
+    /// Ends one use of each of these shares. Those with no other are taken away: the VMM, if it still is
+    /// there, holds nothing of them afterwards.
+    pub async fn remove(&mut self, pod: &Pod, names: Vec<String>) {
+        let unused: Vec<String> = names
+            .into_iter()
+            .filter(|name| self.drop_use(name))
+            .collect();
+        if unused.is_empty() {
+            return;
         }
         if let Some(agent) = pod.ready_agent()
-            && let Err(error) = agent.release_share(name).await
+            && let Err(error) = agent.release_shares(unused.clone()).await
         {
             let error = text::chain(&error);
-            tracing::warn!(name, error, "The guest does not let go of a share");
+            tracing::warn!(error, "The guest does not let go of shares");
         }
-        pod.unshare(name).await
+        for name in unused {
+            shares::report(&name, pod.unshare(&name).await);
+        }
+    }
+
+    /// Whether that was the last use.
+    fn drop_use(&mut self, name: &str) -> bool {
+        let mut all = self.volumes.iter_mut();
+        let Some((identity, volume)) = all.find(|(_, volume)| volume.name == name) else {
+            return true;
+        };
+        volume.users -= 1;
+        if volume.users > 0 {
+            return false;
+        }
+        let identity = identity.clone();
+        self.volumes.remove(&identity);
+        true
     }
 }
 
@@ -178,4 +194,64 @@ pub fn shared_memory(mount: &Mount) -> io::Result<Option<u64>> {
     }
     let size = statvfs(&mount.source)?;
     Ok(Some(size.f_blocks.saturating_mul(size.f_frsize)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(source: &Path, options: &[&str]) -> Mount {
+        Mount {
+            destination: "/volume".into(),
+            kind: "bind".into(),
+            source: source.into(),
+            options: Some(options.iter().map(|it| (*it).to_owned()).collect()),
+            ids: IdMappings::default(),
+        }
+    }
+
+    #[test]
+    fn mounts_that_show_the_same_are_one_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = dir.path().join("other");
+        fs::create_dir(&other).unwrap();
+        let none = IdMappings::default();
+        let of = |mount: &Mount| Identity::of(mount, &none).unwrap();
+        let first = of(&mount(dir.path(), &["rbind"]));
+        assert_eq!(first, of(&mount(dir.path(), &["rbind", "rw"])));
+        assert_eq!(first, of(&mount(&other.join(".."), &["rbind"])));
+        assert_ne!(first, of(&mount(dir.path(), &["rbind", "ro"])));
+        assert_ne!(first, of(&mount(&other, &["rbind"])));
+
+        let before = of(&mount(&other, &["rbind"]));
+        fs::rename(&other, dir.path().join("gone")).unwrap();
+        fs::create_dir(&other).unwrap();
+        assert_ne!(before, of(&mount(&other, &["rbind"])));
+    }
+
+    #[test]
+    fn a_share_ends_with_its_last_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = Identity::of(&mount(dir.path(), &[]), &IdMappings::default()).unwrap();
+        let mut volumes = Volumes::default();
+        let volume = Volume {
+            name: "v0".into(),
+            users: 2,
+            mirror: None,
+        };
+        volumes.volumes.insert(identity, volume);
+        assert!(!volumes.drop_use("v0"));
+        assert!(volumes.drop_use("v0"));
+        // One that could not be shared is nobody's.
+        assert!(volumes.drop_use("v1"));
+    }
+
+    #[test]
+    fn what_is_no_shared_memory_of_a_pod_is_a_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut plain = mount(dir.path(), &["rbind"]);
+        assert_eq!(shared_memory(&plain).unwrap(), None);
+        plain.destination = SHARED_MEMORY.into();
+        assert_eq!(shared_memory(&plain).unwrap(), None);
+    }
 }
