@@ -34,6 +34,7 @@ pub mod hooks;
 pub mod ids;
 pub mod info;
 pub mod logging;
+pub mod mapped_ids;
 pub mod mirror;
 pub mod mount_table;
 pub mod mounts;

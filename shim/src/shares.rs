@@ -7,15 +7,15 @@ use std::{
 };
 
 use bulkhead_agent_api::messages::{MemoryMount, SharedMount};
-use bulkhead_vmm_control::{IdMap, IdRange, UserNamespaceError, namespace_with};
 use nix::mount::MsFlags;
 use thiserror::Error;
 
 use crate::{
     child::Reaper,
+    mapped_ids::{self, IdsError},
     pod::{Confinement, Pod},
     rootfs::{Rootfs, RootfsError},
-    spec::{Hook, IdMapping, IdMappings, Mount, Spec},
+    spec::{Hook, IdMappings, Mount, Spec},
     text,
     tree::{self, TreeError},
     vmm_process::VmmError,
@@ -56,31 +56,16 @@ pub enum ShareError {
         #[source]
         source: TreeError,
     },
-    /// Its ids are more than a pod has.
-    #[error(
-        "Cannot mount {path} on {destination} with mapped ids: {first} to {last} are not among the \
-         {count} that a pod has"
-    )]
+    /// Its ids cannot be mapped.
+    #[error("Cannot mount {path} on {destination} with mapped ids")]
     Ids {
         /// The source on the host.
         path: PathBuf,
         /// Where in the container.
         destination: PathBuf,
-        /// The first id by which files are to be shown.
-        first: u32,
-        /// The last one.
-        last: u64,
-        /// How many ids a pod has.
-        count: u32,
-    },
-    /// Its ids cannot be mapped.
-    #[error("Cannot map the ids of {path}")]
-    Namespace {
-        /// The source on the host.
-        path: PathBuf,
-        /// What failed.
+        /// What is wrong with them.
         #[source]
-        source: UserNamespaceError,
+        source: IdsError,
     },
     /// The VMM did not take it.
     #[error("Cannot share {what} with the VM")]
@@ -251,7 +236,15 @@ pub fn bind(
 ) -> Result<OwnedFd, ShareError> {
     let path = &mount.source;
     let mapped = match mount.mapped_ids(users) {
-        Some(ids) => Some(mapped_namespace(confinement, mount, ids)?),
+        Some(ids) => {
+            let range = confinement.namespace.range();
+            let mapped = mapped_ids::namespace(range, ids);
+            Some(mapped.map_err(|source| ShareError::Ids {
+                path: path.clone(),
+                destination: mount.destination.clone(),
+                source,
+            })?)
+        }
         None => None,
     };
     let namespace = match &mapped {
@@ -278,75 +271,4 @@ fn confined(
     let tree = tree::clone(path, recursive)?;
     tree::confine(tree.as_fd(), path, Some(namespace), flags)?;
     Ok(tree)
-}
-
-/// The user namespace for a mount with mapped ids. By it the VMM sees, and the guest with it, what
-/// the mount is to show: the guest's kernel has nothing to map.
-fn mapped_namespace(
-    confinement: &Confinement,
-    mount: &Mount,
-    ids: &IdMappings,
-) -> Result<OwnedFd, ShareError> {
-    let range = confinement.namespace.range();
-    let maps = |mappings: &Option<Vec<IdMapping>>| {
-        let mappings = mappings.iter().flatten();
-        mappings
-            .map(|mapping| {
-                on_host(*mapping, range).map_err(|last| ShareError::Ids {
-                    path: mount.source.clone(),
-                    destination: mount.destination.clone(),
-                    first: mapping.host,
-                    last,
-                    count: range.count,
-                })
-            })
-            .collect::<Result<Vec<_>, _>>()
-    };
-    let (users, groups) = (maps(&ids.uid_mappings)?, maps(&ids.gid_mappings)?);
-    namespace_with(&users, &groups).map_err(|source| ShareError::Namespace {
-        path: mount.source.clone(),
-        source,
-    })
-}
-
-/// What is to be an id of the guest is one of the host's that the pod has; or else the last id that
-/// it would need.
-fn on_host(mapping: IdMapping, range: IdRange) -> Result<IdMap, u64> {
-    let end = u64::from(mapping.host) + u64::from(mapping.size);
-    match range.first.checked_add(mapping.host) {
-        Some(outside) if end <= u64::from(range.count) => Ok(IdMap {
-            inside: mapping.container,
-            outside,
-            count: mapping.size,
-        }),
-        _ => Err(end.saturating_sub(1)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mapped_ids_stay_among_the_pods() {
-        let range = IdRange {
-            first: 1_000_000,
-            count: 262_144,
-        };
-        let mapping = |container, host, size| IdMapping {
-            container,
-            host,
-            size,
-        };
-        let map = IdMap {
-            inside: 5,
-            outside: 1_100_000,
-            count: 65_536,
-        };
-        assert_eq!(on_host(mapping(5, 100_000, 65_536), range), Ok(map));
-        assert!(on_host(mapping(0, 262_143, 1), range).is_ok());
-        assert_eq!(on_host(mapping(0, 262_143, 2), range), Err(262_144));
-        let beyond = u64::from(u32::MAX) * 2 - 1;
-        assert_eq!(on_host(mapping(0, u32::MAX, u32::MAX), range), Err(beyond));
-    }
 }

@@ -34,6 +34,9 @@ const BUSYBOX_ARCHIVE: &str = "/var/lib/bulkhead-images/boot/busybox.tar";
 /// The parent of all pods' cgroups.
 const CGROUPS: &str = "/kubepods";
 
+/// gRPC's code for what may be there later.
+const UNAVAILABLE: i32 = 14;
+
 /// Between two looks at a container's state.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -62,6 +65,22 @@ impl Cri {
             },
             number: Cell::new(0),
         })
+    }
+
+    /// Waits until a containerd that was restarted serves CRI, which is later than the rest.
+    pub fn ready(&self) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            match self.call("ListPodSandbox", &json!({})) {
+                Ok(_) => return Ok(()),
+                Err(error) => {
+                    let refused = error.downcast::<Refused>()?;
+                    let comes = refused.code == UNAVAILABLE && begun.elapsed() < DEADLINE;
+                    ensure!(comes, "{refused}");
+                }
+            }
+            thread::sleep(PAUSE);
+        }
     }
 
     /// Fails if containerd has anything left of the pods.

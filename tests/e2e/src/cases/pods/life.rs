@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use super::{Case, Setting, case};
+use super::{Case, Setting, bulkhead, case};
 use crate::command::DEADLINE;
-use crate::cri::{Cri, Member, refusal};
-use crate::host;
+use crate::cri::{Cri, Member, Pod, refusal};
+use crate::host::{self, StoppedContainerd};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -32,6 +32,11 @@ pub fn cases() -> Vec<Case> {
             exec_timeout,
         ),
         case("kubectl exec and attach talk to a container", streams),
+        case("containerd finds its pods again after a restart", restart),
+        bulkhead(
+            "a pod whose VM ends has ended, with all of its containers",
+            vm_ends,
+        ),
     ]
 }
 
@@ -103,11 +108,11 @@ fn come_and_go(setting: &Setting) -> Result<()> {
         })
     };
     // Init containers, each after the last.
-    for number in ["1", "2"] {
+    for number in [1, 2] {
         let script = format!("echo {number} >> /work/done; exit {number}");
         let member = pod.start(&format!("init-{number}"), &in_volume(&script))?;
         let status = member.ended()?;
-        ensure!(status["exit_code"].to_string() == number, "{status}");
+        ensure!(status["exit_code"] == number, "{status}");
         member.remove()?;
     }
     ensure!(fs::read_to_string(volume.join("done"))? == "1\n2\n");
@@ -194,11 +199,7 @@ fn first_process(setting: &Setting) -> Result<()> {
     let member = pod.start("member", &json!({}))?;
     let waiting = pod.start("waiting", &json!({ "command": ["sleep", "100000"] }))?;
     host::kill(pod.pid()?)?;
-    let begun = Instant::now();
-    while pod.status()?["state"] == "SANDBOX_READY" {
-        ensure!(begun.elapsed() < DEADLINE, "the pod stays ready");
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    not_ready(&pod)?;
     // No new containers, but what runs goes on.
     for member in [&member, &waiting] {
         ensure!(member.says("hostname")? == "in-pod");
@@ -312,4 +313,51 @@ fn streams(setting: &Setting) -> Result<()> {
     drop((attached, member));
     drop(pod);
     cri.end()
+}
+
+fn restart(setting: &Setting) -> Result<()> {
+    let cri = Cri::new(&setting.runtime)?;
+    let pod = cri.pod(&json!({}))?;
+    let member = pod.start("member", &json!({}))?;
+    let ending = pod.start(
+        "ending",
+        &json!({ "command": ["sh", "-c", "sleep 5; exit 6"] }),
+    )?;
+    StoppedContainerd::stop()?.start()?;
+    cri.ready()?;
+    ensure!(pod.status()?["state"] == "SANDBOX_READY");
+    ensure!(member.says("hostname")? == "in-pod");
+    ensure!(ending.ended()?["exit_code"] == 6);
+    let added = pod.start("added", &json!({}))?;
+    ensure!(namespace(&added, "net")? == namespace(&member, "net")?);
+    member.stop(60)?;
+    ensure!(member.ended()?["exit_code"] == 0);
+    drop((member, ending, added));
+    drop(pod);
+    cri.end()
+}
+
+fn vm_ends(setting: &Setting) -> Result<()> {
+    let cri = Cri::new(&setting.runtime)?;
+    let pod = cri.pod(&json!({}))?;
+    let members = ["first", "second"].map(|name| pod.start(name, &json!({})));
+    let vmm = host::Pod::of(&pod.id)?.child("bulkhead-vmm")?.pid;
+    host::kill(vmm)?;
+    for member in members {
+        let status = member?.ended()?;
+        ensure!(status["exit_code"] == 137, "{status}");
+    }
+    not_ready(&pod)?;
+    drop(pod);
+    cri.end()
+}
+
+/// Waits until no container can be added to a pod any more.
+fn not_ready(pod: &Pod) -> Result<()> {
+    let begun = Instant::now();
+    while pod.status()?["state"] == "SANDBOX_READY" {
+        ensure!(begun.elapsed() < DEADLINE, "the pod stays ready");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
 }
