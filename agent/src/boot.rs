@@ -24,6 +24,8 @@ use crate::{
     apparmor::Profiles,
     cgroup::{self, CgroupError},
     log,
+    memory::SharedMemory,
+    mirrors::Mirrors,
     network::PlatformDevices,
     serve::{self, Guest, ServeError},
     transport::Transport,
@@ -37,6 +39,11 @@ const SHARED_DIR: &str = "/run/bulkhead/shared";
 
 /// The bus of the devices that become network interfaces.
 const PLATFORM_BUS: &str = "/sys/bus/platform";
+/// Where the memory is mounted that containers share.
+const MEMORY_DIR: &str = "/run/bulkhead/memory";
+
+/// Where copies of shares are mounted.
+const MIRROR_DIR: &str = "/run/bulkhead/mirrors";
 
 /// Descriptors that a process may have by default: the kernel's own upper bound (`fs.nr_open`).
 const OPEN_FILES: u64 = 1_048_576;
@@ -106,6 +113,8 @@ fn boot(started_ns: u64) -> Result<(), BootError> {
         transport: Transport::Vsock,
         shared_dir: PathBuf::from(SHARED_DIR),
         cgroup_root: PathBuf::from(CGROUP_ROOT),
+        memory: SharedMemory::new(MEMORY_DIR.into()),
+        mirrors: Mirrors::new(MIRROR_DIR.into()),
         profiles: Profiles::default(),
         devices: Arc::new(PlatformDevices::new(PathBuf::from(PLATFORM_BUS))),
         started_ns,

@@ -32,6 +32,7 @@ use crate::{
         protocol::{CreateTask, IdMappings, Request, Task},
         settings::{sysctl_interface, sysctl_path},
     },
+    volumes,
 };
 
 /// For the kernel to end every process of a container and take its cgroup away, and for the host
@@ -81,10 +82,21 @@ impl Container {
     ) -> Result<Self, ServiceError> {
         let share = |name: &str| share_path(&guest.shared_dir, name);
         let mut binds = HashMap::new();
+        let mut shared = Vec::new();
         for mount in &request.shared_mounts {
             let index = usize::try_from(mount.index).unwrap_or(usize::MAX);
-            binds.insert(index, share(&mount.share)?);
+            let mut path = share(&mount.share)?;
+            shared.push(path.clone());
+            if mount.mirrored {
+                path = guest.mirrors.provide(&mount.share, path).await?;
+            }
+            binds.insert(index, path);
         }
+        for mount in &request.memory_mounts {
+            let index = usize::try_from(mount.index).unwrap_or(usize::MAX);
+            binds.insert(index, guest.memory.provide(&mount.name, mount.size)?);
+        }
+        volumes::hold(shared).await?;
         let mut hook_programs = HashMap::new();
         for hook in &request.create_container_hooks {
             let index = usize::try_from(hook.index).unwrap_or(usize::MAX);
@@ -479,7 +491,7 @@ async fn flush(shared_dir: PathBuf) -> Result<(), ServiceError> {
 }
 
 /// Where a share appears. Its name is one component of a path.
-fn share_path(shared_dir: &Path, name: &str) -> Result<PathBuf, ServiceError> {
+pub fn share_path(shared_dir: &Path, name: &str) -> Result<PathBuf, ServiceError> {
     let mut components = Path::new(name).components();
     match (components.next(), components.next()) {
         (Some(Component::Normal(only)), None) if only == name => Ok(shared_dir.join(name)),

@@ -10,6 +10,8 @@ pub mod cgroup;
 mod container;
 mod error;
 mod log;
+mod memory;
+mod mirrors;
 mod neighbours;
 mod network;
 mod process;
@@ -20,6 +22,7 @@ pub mod spec;
 pub mod stage;
 mod stream;
 mod transport;
+mod volumes;
 
 use std::{ffi::OsStr, path::PathBuf, process::ExitCode};
 

@@ -24,6 +24,8 @@ use crate::{
     apparmor::Profiles,
     cgroup::{self, CgroupError},
     log,
+    memory::SharedMemory,
+    mirrors::Mirrors,
     network::PlatformDevices,
     reaper::Reaper,
     service::Service,
@@ -42,6 +44,10 @@ pub struct Guest {
     pub shared_dir: PathBuf,
     /// Where the containers' cgroups are made.
     pub cgroup_root: PathBuf,
+    /// Memory that containers share.
+    pub memory: SharedMemory,
+    /// Copies of shares.
+    pub mirrors: Mirrors,
     /// AppArmor profiles that the kernel has been given.
     pub profiles: Profiles,
     /// What becomes network interfaces.
@@ -122,6 +128,8 @@ pub fn without_vm(dir: PathBuf, started_ns: u64) -> ExitCode {
             shared_dir: dir.join("shared"),
             cgroup_root: dir.join("cgroup"),
             devices: Arc::new(PlatformDevices::new(dir.join("platform"))),
+            memory: SharedMemory::new(dir.join("memory")),
+            mirrors: Mirrors::new(dir.join("mirrors")),
             transport: Transport::Unix(dir),
             profiles: Profiles::default(),
             started_ns,

@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use bulkhead_agent_api::{
     messages::{
         ConnectRequest, ContainerRequest, CreateContainerRequest, Empty, ExecRequest, InfoRequest,
-        InfoResponse, NetworkRequest, OomRequest, OomResponse, ProcessRequest, ResizePtyRequest,
-        SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
+        InfoResponse, NetworkRequest, OomRequest, OomResponse, ProcessRequest, ReleaseRequest,
+        ResizePtyRequest, ShareRequest, SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
     },
     service::Agent,
 };
@@ -21,12 +21,13 @@ use oci_spec::runtime::LinuxNamespaceType;
 
 use crate::{
     boot,
-    container::Container,
+    container::{Container, share_path},
     error::ServiceError,
     neighbours::{Neighbours, Networks},
     network::{Network, identity, namespace_of},
     reaper::Reaper,
     serve::Guest,
+    volumes,
 };
 
 /// Longest name of a container: with the prefix of its cgroup it must fit into a file name.
@@ -272,6 +273,35 @@ impl Agent for Service {
         let container = self.0.container(&request.container_id)?;
         self.finish(async move { container.update(&request.resources).await })
             .await?;
+        Ok(Empty::default())
+    }
+
+    async fn refresh_mirror(
+        &self,
+        _: &TtrpcContext,
+        request: ShareRequest,
+    ) -> ttrpc::Result<Empty> {
+        let state = Arc::clone(&self.0);
+        self.finish(async move { state.guest.mirrors.refresh(&request.share).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn release_shares(
+        &self,
+        _: &TtrpcContext,
+        request: ReleaseRequest,
+    ) -> ttrpc::Result<Empty> {
+        let state = Arc::clone(&self.0);
+        self.finish(async move {
+            for share in &request.shares {
+                let path = share_path(&state.guest.shared_dir, share)?;
+                state.guest.mirrors.remove(share).await?;
+                volumes::release(path).await?;
+            }
+            Ok(())
+        })
+        .await?;
         Ok(Empty::default())
     }
 

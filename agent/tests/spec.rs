@@ -278,6 +278,22 @@ fn the_sound_spec_is_taken() {
     read_spec(sound().to_string().as_bytes(), &supplied()).unwrap();
 }
 
+/// containerd 2 keeps the user namespace of a pod by a path of the host.
+#[test]
+fn a_user_namespace_with_a_path_is_another_containers_or_has_ids() {
+    let mut spec = sound();
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "user");
+    namespaces.push(json!({"type": "user", "path": "/run/pod/user"}));
+    read_spec(spec.to_string().as_bytes(), &supplied()).unwrap();
+    let linux = spec["linux"].as_object_mut().unwrap();
+    linux.remove("uidMappings");
+    linux.remove("gidMappings");
+    let error = read_spec(spec.to_string().as_bytes(), &supplied()).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("no namespace of another"), "{text}");
+}
+
 proptest! {
     /// No field is ignored in silence, wherever it is.
     #[test]

@@ -8,8 +8,8 @@ use std::{
 use bulkhead_agent_api::{
     messages::{
         ConnectRequest, ContainerRequest, CreateContainerRequest, ExecRequest, InfoRequest,
-        InfoResponse, NetworkRequest, OomRequest, ProcessRequest, ResizePtyRequest, SignalRequest,
-        StatsResponse, UpdateRequest,
+        InfoResponse, NetworkRequest, OomRequest, ProcessRequest, ReleaseRequest, ResizePtyRequest,
+        ShareRequest, SignalRequest, StatsResponse, UpdateRequest,
     },
     service::AgentClient as Service,
 };
@@ -216,6 +216,30 @@ impl AgentClient {
     pub async fn set_network(&self, request: &NetworkRequest) -> Result<(), AgentError> {
         let answer = self.service.set_network(Context::default(), request);
         call("SetNetwork", SETUP_DEADLINE, answer).await.map(drop)
+    }
+
+    /// Makes the guest's copy of a share what the share is now.
+    pub async fn refresh_mirror(&self, share: &str) -> Result<(), AgentError> {
+        let request = ShareRequest {
+            share: share.to_owned(),
+            ..ShareRequest::default()
+        };
+        let answer = self.service.refresh_mirror(Context::default(), &request);
+        call("RefreshMirror", SETUP_DEADLINE, answer)
+            .await
+            .map(drop)
+    }
+
+    /// Has the guest let go of shares, and of their copies.
+    pub async fn release_shares(&self, shares: Vec<String>) -> Result<(), AgentError> {
+        let request = ReleaseRequest {
+            shares,
+            ..ReleaseRequest::default()
+        };
+        let answer = self.service.release_shares(Context::default(), &request);
+        call("ReleaseShares", SETUP_DEADLINE, answer)
+            .await
+            .map(drop)
     }
 
     /// Connects a stream with a port of a container.

@@ -7,14 +7,14 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
     thread,
     time::Duration,
 };
 
-use bulkhead_vmm_control::UserNamespace;
+use bulkhead_vmm_control::{IdRange, UserNamespace};
 use containerd_shim_protos::api::Mount;
 use nix::{
     errno::Errno,
@@ -32,13 +32,21 @@ use tokio::sync::oneshot;
 
 use crate::{
     deadline::timeout,
+    mapped_ids,
     mounts::{Options, mount_on},
     rootfs::RootfsError,
+    spec::IdMappings,
     tree,
 };
 
 /// How long it may take, with whatever file systems the layers are on.
 pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// The ids of the host, for what is not shown to a pod.
+const ALL_IDS: IdRange = IdRange {
+    first: 0,
+    count: u32::MAX,
+};
 
 /// Where the root is put together, in the scratch directory.
 const ROOT: &str = "root";
@@ -96,20 +104,18 @@ impl Assembly<'_> {
     /// One mount, detached.
     fn build(&mut self, mount: &Mount) -> Result<OwnedFd, RootfsError> {
         let options = Options::parse(&mount.type_, &mount.options)?;
+        let mapped = self.mapped(&options.ids)?;
+        let shown_by = mapped.as_ref().map(AsFd::as_fd);
+        let shown_by = shown_by.or(self.namespace.map(AsFd::as_fd));
         if options.flags.contains(MsFlags::MS_BIND) {
             let path = Path::new(&mount.source);
             let tree = tree::clone(path, options.flags.contains(MsFlags::MS_REC))?;
-            tree::confine(
-                tree.as_fd(),
-                path,
-                self.namespace.map(AsFd::as_fd),
-                options.flags,
-            )?;
+            tree::confine(tree.as_fd(), path, shown_by, options.flags)?;
             return Ok(tree);
         }
         let place = self.place()?;
         if mount.type_ == "overlay" {
-            let data = self.layers(&options.data)?;
+            let data = self.layers(&options.data, shown_by)?;
             let options = Options { data, ..options };
             self.as_owner(|| mount_on("overlay", &mount.source, &options, &place))??;
             return Ok(tree::clone(&place, false)?);
@@ -117,25 +123,35 @@ impl Assembly<'_> {
         mount_on(&mount.type_, &mount.source, &options, &place)?;
         let tree = tree::clone(&place, false)?;
         let source = Path::new(&mount.source);
-        tree::confine(
-            tree.as_fd(),
-            source,
-            self.namespace.map(AsFd::as_fd),
-            options.flags,
-        )?;
+        tree::confine(tree.as_fd(), source, shown_by, options.flags)?;
         Ok(tree)
     }
 
+    /// The user namespace for a mount of containerd's with mapped ids, if it is one.
+    fn mapped(&self, ids: &IdMappings) -> Result<Option<OwnedFd>, RootfsError> {
+        if ids.is_empty() {
+            return Ok(None);
+        }
+        let range = self.namespace.map_or(ALL_IDS, UserNamespace::range);
+        let mapped = mapped_ids::namespace(range, ids).map_err(RootfsError::Ids)?;
+        Ok(Some(mapped))
+    }
+
     /// overlay's options with the layers named by where they are attached here, which also makes
-    /// them short: the kernel takes no more than a page.
-    fn layers(&mut self, options: &[String]) -> Result<Vec<String>, RootfsError> {
+    /// them short: the kernel takes no more than a page. The lower layers' files are shown by the ids
+    /// of a namespace; whoever writes to the upper one has these ids already.
+    fn layers(
+        &mut self,
+        options: &[String],
+        lower_ids: Option<BorrowedFd<'_>>,
+    ) -> Result<Vec<String>, RootfsError> {
         let value = |key| options.iter().find_map(|option| option.strip_prefix(key));
         // Both must be reached through the same mount.
         let writable = match (value("upperdir="), value("workdir=")) {
             (Some(upper), Some(work)) => {
                 let (upper, work) = (unescape(upper), unescape(work));
                 let shared = shared_directory(&upper, &work);
-                let place = self.layer(&shared)?;
+                let place = self.layer(&shared, self.namespace.map(AsFd::as_fd))?;
                 let named = |path: &Path| {
                     let relative = path.strip_prefix(&shared).unwrap_or(path);
                     escape(&place.join(relative))
@@ -147,8 +163,9 @@ impl Assembly<'_> {
         let mut named = Vec::new();
         for option in options {
             named.push(if let Some(lower) = option.strip_prefix("lowerdir=") {
-                let layers: Result<Vec<_>, RootfsError> =
-                    split_layers(lower).map(|layer| self.lower(layer)).collect();
+                let layers: Result<Vec<_>, RootfsError> = split_layers(lower)
+                    .map(|layer| self.lower(layer, lower_ids))
+                    .collect();
                 format!("lowerdir={}", layers?.join(":"))
             } else {
                 match (&writable, option) {
@@ -166,22 +183,17 @@ impl Assembly<'_> {
     }
 
     /// A lower layer's name; an empty one separates layers of another kind.
-    fn lower(&mut self, escaped: &str) -> Result<String, RootfsError> {
+    fn lower(&mut self, escaped: &str, ids: Option<BorrowedFd<'_>>) -> Result<String, RootfsError> {
         if escaped.is_empty() {
             return Ok(String::new());
         }
-        Ok(escape(&self.layer(&unescape(escaped))?))
+        Ok(escape(&self.layer(&unescape(escaped), ids)?))
     }
 
-    /// Attaches a directory of the host, shown by the ids of the pod.
-    fn layer(&mut self, path: &Path) -> Result<PathBuf, RootfsError> {
+    /// Attaches a directory of the host, shown by the ids of a namespace.
+    fn layer(&mut self, path: &Path, ids: Option<BorrowedFd<'_>>) -> Result<PathBuf, RootfsError> {
         let tree = tree::clone(path, false)?;
-        tree::confine(
-            tree.as_fd(),
-            path,
-            self.namespace.map(AsFd::as_fd),
-            MsFlags::empty(),
-        )?;
+        tree::confine(tree.as_fd(), path, ids, MsFlags::empty())?;
         let place = self.place()?;
         attach(&tree, &place)?;
         Ok(place)

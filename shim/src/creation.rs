@@ -214,9 +214,7 @@ async fn build(
             rootfs,
         )
         .await?;
-    let shared_mounts = shares
-        .add_mounts(&host.pod, confinement, &neighbourhood.prefix, &spec)
-        .await?;
+    let mounts = shares.add_mounts(&host.pod, confinement, &spec).await?;
     let early_hooks = spec.hooks_of(|hooks| &hooks.create_container);
     let create_container_hooks = shares
         .add_hooks(&host.pod, confinement, &neighbourhood.prefix, early_hooks)
@@ -228,7 +226,8 @@ async fn build(
         container_id: request.id.clone(),
         spec: spec_bytes,
         rootfs_share,
-        shared_mounts,
+        shared_mounts: mounts.shared,
+        memory_mounts: mounts.memory,
         stdio: MessageField::some(stdio),
         joined_namespaces: neighbourhood.joined_by(&spec, pid),
         apparmor_policy,

@@ -34,6 +34,9 @@ pub mod hooks;
 pub mod ids;
 pub mod info;
 pub mod logging;
+pub mod mapped_ids;
+pub mod mirror;
+pub mod mount_table;
 pub mod mounts;
 pub mod network;
 pub mod options;
@@ -58,6 +61,7 @@ pub mod timeline;
 pub mod tree;
 pub mod view;
 pub mod vmm_process;
+pub mod volumes;
 
 use std::{env, ffi::OsString, io::Write, process::ExitCode};
 

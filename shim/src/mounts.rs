@@ -13,6 +13,8 @@ use nix::{
 };
 use thiserror::Error;
 
+use crate::spec::{IdMapping, IdMappings};
+
 /// mount(2) takes one page of options, its last byte being zero.
 const MAX_OPTIONS: usize = 4095;
 
@@ -69,6 +71,8 @@ pub struct Options {
     pub attach_loop: bool,
     /// What is the file system's own business.
     pub data: Vec<String>,
+    /// By what ids its files are shown: with an overlay those of its lower layers.
+    pub ids: IdMappings,
 }
 
 /// Options of mount(8) that are flags of mount(2): name, flag, whether it is set or cleared.
@@ -107,6 +111,7 @@ impl Options {
             flags: MsFlags::empty(),
             attach_loop: false,
             data: Vec::new(),
+            ids: IdMappings::default(),
         };
         if kind == "bind" {
             parsed.flags |= MsFlags::MS_BIND;
@@ -121,9 +126,12 @@ impl Options {
                 "bind" => parsed.flags |= MsFlags::MS_BIND,
                 "rbind" => parsed.flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
                 "loop" => parsed.attach_loop = true,
-                // Mounts with other ids are made by containerd for user namespaces of the host.
-                id if id.starts_with("uidmap=") || id.starts_with("gidmap=") => {
-                    return Err(MountError::Option(option.clone()));
+                // containerd's own, for pods with a user namespace.
+                ids if ids.starts_with("uidmap=") => {
+                    parsed.ids.uid_mappings = Some(parse_ids(&ids["uidmap=".len()..], option)?);
+                }
+                ids if ids.starts_with("gidmap=") => {
+                    parsed.ids.gid_mappings = Some(parse_ids(&ids["gidmap=".len()..], option)?);
                 }
                 // For programs, not for the kernel (mount(8)).
                 note if note.starts_with("x-") || note.starts_with("X-") => {}
@@ -132,6 +140,21 @@ impl Options {
         }
         Ok(parsed)
     }
+}
+
+/// Ids as containerd writes them: `CONTAINER:HOST:SIZE`, with commas between several.
+fn parse_ids(ids: &str, option: &str) -> Result<Vec<IdMapping>, MountError> {
+    let mapping = |text: &str| {
+        let mut numbers = text.split(':').map(|number| number.parse().ok());
+        let mapping = IdMapping {
+            container: numbers.next()??,
+            host: numbers.next()??,
+            size: numbers.next()??,
+        };
+        numbers.next().is_none().then_some(mapping)
+    };
+    let mappings: Option<Vec<_>> = ids.split(',').map(mapping).collect();
+    mappings.ok_or_else(|| MountError::Option(option.to_owned()))
 }
 
 /// Mounts `source`, which is not to be bound, on `target`, which exists.
@@ -316,9 +339,25 @@ mod tests {
     fn loops_and_notes_do_not_reach_the_kernel() {
         let parsed = options("ext4", &["loop", "x-note"]).unwrap();
         assert!(parsed.attach_loop && parsed.data.is_empty());
-        assert!(matches!(
-            options("overlay", &["uidmap=0:1:2"]),
-            Err(MountError::Option(_))
-        ));
+    }
+
+    #[test]
+    fn mapped_ids_are_read_and_do_not_reach_the_kernel() {
+        let parsed = options("overlay", &["uidmap=0:131072:65536,7:8:9", "gidmap=0:1:2"]).unwrap();
+        let mapping = |container, host, size| IdMapping {
+            container,
+            host,
+            size,
+        };
+        let users = vec![mapping(0, 131_072, 65_536), mapping(7, 8, 9)];
+        assert_eq!(parsed.ids.uid_mappings, Some(users));
+        assert_eq!(parsed.ids.gid_mappings, Some(vec![mapping(0, 1, 2)]));
+        assert!(parsed.data.is_empty());
+        for wrong in ["uidmap=", "uidmap=0:1", "gidmap=0:1:2:3", "gidmap=a:1:2"] {
+            assert!(matches!(
+                options("overlay", &[wrong]),
+                Err(MountError::Option(_))
+            ));
+        }
     }
 }

@@ -3,9 +3,7 @@
 //! Such a mount cannot be idmapped, but its layers can be mounted once more, idmapped.
 
 use std::{
-    ffi::OsString,
     fs, io,
-    os::unix::ffi::OsStringExt,
     path::{Component, Path, PathBuf},
 };
 
@@ -17,7 +15,7 @@ use rustix::{
 };
 use thiserror::Error;
 
-const MOUNTS: &str = "/proc/self/mountinfo";
+use crate::mount_table::{self, Line, plain};
 
 /// The directory beside the upper layer that is the work directory of the second mount. The kernel
 /// empties the one that a mount is given, whoever else works in it.
@@ -36,7 +34,10 @@ pub enum OverlayError {
         source: io::Error,
     },
     /// Its line in the list of mounts is not as it should be.
-    #[error("Cannot read the options of the overlay {path} in {MOUNTS}")]
+    #[error(
+        "Cannot read the options of the overlay {path} in {}",
+        mount_table::PATH
+    )]
     Line {
         /// The mount point.
         path: PathBuf,
@@ -92,12 +93,9 @@ impl Overlay {
         let stat = statx(CWD, path, AtFlags::NO_AUTOMOUNT, StatxFlags::MNT_ID)
             .map_err(|errno| failed(errno.into()))?;
         let path = fs::canonicalize(path).map_err(failed)?;
-        let table = fs::read(MOUNTS).map_err(failed)?;
-        let line = table
-            .split(|byte| *byte == b'\n')
-            .find_map(|line| Line::parse(line).filter(|line| line.id == stat.stx_mnt_id));
-        match line {
-            Some(line) if line.is_overlay_at(&path) => Self::from_line(&line, path).map(Some),
+        let table = fs::read(mount_table::PATH).map_err(failed)?;
+        match mount_table::lines(&table).find(|line| line.id == stat.stx_mnt_id) {
+            Some(line) if is_overlay_at(&line, &path) => Self::from_line(&line, path).map(Some),
             _ => Ok(None),
         }
     }
@@ -249,64 +247,9 @@ fn home<'a>(path: &'a Path, upper: &Path) -> Option<&'a str> {
     (directory.file_name() == Some(container)).then_some(home)
 }
 
-/// A line of mountinfo (proc_pid_mountinfo(5)).
-struct Line<'a> {
-    id: u64,
-    root: &'a [u8],
-    point: &'a [u8],
-    flags: &'a [u8],
-    kind: &'a [u8],
-    options: &'a [u8],
-}
-
-impl<'a> Line<'a> {
-    fn parse(line: &'a [u8]) -> Option<Self> {
-        let mut fields = line.split(|byte| *byte == b' ');
-        let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
-        let (root, point, flags) = (fields.nth(2)?, fields.next()?, fields.next()?);
-        // Optional fields come between.
-        fields.find(|field| *field == b"-")?;
-        let (kind, _source, options) = (fields.next()?, fields.next()?, fields.next()?);
-        Some(Self {
-            id,
-            root,
-            point,
-            flags,
-            kind,
-            options,
-        })
-    }
-
-    fn is_overlay_at(&self, path: &Path) -> bool {
-        let whole = self.root == b"/" && self.kind == b"overlay";
-        whole && Path::new(&plain(self.point)) == path
-    }
-
-    fn is_read_only(&self) -> bool {
-        let mut flags = self.flags.split(|byte| *byte == b',');
-        flags.any(|flag| flag == b"ro")
-    }
-}
-
-/// Bytes that mountinfo shows as three octal digits are themselves again.
-fn plain(shown: &[u8]) -> OsString {
-    let mut bytes = Vec::with_capacity(shown.len());
-    let mut rest = shown;
-    while let Some((&first, after)) = rest.split_first() {
-        let octal = after.get(..3).filter(|_| first == b'\\');
-        let digits = octal.and_then(|digits| std::str::from_utf8(digits).ok());
-        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &after[3..];
-            }
-            None => {
-                bytes.push(first);
-                rest = after;
-            }
-        }
-    }
-    OsString::from_vec(bytes)
+fn is_overlay_at(line: &Line<'_>, path: &Path) -> bool {
+    let whole = line.root == b"/" && line.kind == b"overlay";
+    whole && line.point() == path
 }
 
 #[cfg(test)]
@@ -315,7 +258,7 @@ mod tests {
 
     fn read(line: &str, path: &str) -> Result<Overlay, OverlayError> {
         let line = Line::parse(line.as_bytes()).unwrap();
-        assert!(line.is_overlay_at(Path::new(path)), "{path}");
+        assert!(is_overlay_at(&line, Path::new(path)), "{path}");
         Overlay::from_line(&line, path.into())
     }
 
@@ -391,7 +334,7 @@ mod tests {
             "1 2 0:3 / /other rw - overlay overlay rw,lowerdir=/a:/b",
         ] {
             let line = Line::parse(line.as_bytes()).unwrap();
-            assert!(!line.is_overlay_at(Path::new("/m")));
+            assert!(!is_overlay_at(&line, Path::new("/m")));
         }
         let added = "1 2 0:3 / /m rw - overlay overlay rw,lowerdir+=/a,datadir+=/b";
         assert!(matches!(

@@ -19,7 +19,7 @@ use bulkhead_rootfs_builder::{GuestFiles, VerifyError, verify};
 use bulkhead_vmm_control::{Counters, Reply, Request, UserNamespace, UserNamespaceError};
 use thiserror::Error;
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, mpsc, watch},
     time::{Instant, sleep_until, timeout_at},
 };
 
@@ -37,6 +37,7 @@ use crate::{
     text,
     timeline::{GuestTimes, Phase, Timeline},
     vmm_process::{Notice, VmmError, VmmProcess, VmmSettings},
+    volumes::Volumes,
 };
 
 /// How long to wait for the VMM to tell why the agent's connection is gone.
@@ -138,6 +139,7 @@ pub struct Pod {
     belongings: Mutex<Belongings>,
     confinement: OnceLock<Confinement>,
     queue_pairs: OnceLock<u8>,
+    volumes: AsyncMutex<Volumes>,
     streams: Arc<Streams>,
     timeline: Arc<Timeline>,
 }
@@ -150,6 +152,7 @@ impl Pod {
             belongings: Mutex::default(),
             confinement: OnceLock::new(),
             queue_pairs: OnceLock::new(),
+            volumes: AsyncMutex::default(),
             streams: Streams::new(),
             timeline,
         });
@@ -399,6 +402,11 @@ impl Pod {
     /// What the VMM is kept from. There is nothing before there is a VMM.
     pub fn confinement(&self) -> Option<&Confinement> {
         self.confinement.get()
+    }
+
+    /// What of the host its containers have mounted.
+    pub async fn volumes(&self) -> AsyncMutexGuard<'_, Volumes> {
+        self.volumes.lock().await
     }
 
     /// Holds the pod to these limits of CPU time, whatever its guest does.

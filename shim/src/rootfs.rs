@@ -19,6 +19,7 @@ use thiserror::Error;
 use crate::{
     assembly::{self, assemble},
     child::Reaper,
+    mapped_ids::IdsError,
     mounts::{MountError, Options, unmount_all},
     overlay::{Overlay, OverlayError},
     tree::{self, TreeError},
@@ -49,6 +50,9 @@ pub enum RootfsError {
     /// The files of a mount cannot be handed over.
     #[error("Cannot mount the root file system")]
     Tree(#[from] TreeError),
+    /// Its files cannot be shown by the ids that containerd wants.
+    #[error("Cannot mount the root file system with mapped ids")]
+    Ids(#[source] IdsError),
     /// Some file system does not answer.
     #[error("The root file system was not mounted within {} s", assembly::DEADLINE.as_secs())]
     Deadline,

@@ -1,23 +1,25 @@
 //! What of the host a container can see: its root and the sources of its bind mounts.
 
 use std::{
+    io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
-use bulkhead_agent_api::messages::SharedMount;
-use bulkhead_vmm_control::{IdMap, IdRange, UserNamespaceError, namespace_with};
+use bulkhead_agent_api::messages::{MemoryMount, SharedMount};
 use nix::mount::MsFlags;
 use thiserror::Error;
 
 use crate::{
     child::Reaper,
+    mapped_ids::{self, IdsError},
     pod::{Confinement, Pod},
     rootfs::{Rootfs, RootfsError},
-    spec::{Hook, IdMapping, IdMappings, Mount, Spec},
+    spec::{Hook, IdMappings, Mount, Spec},
     text,
     tree::{self, TreeError},
     vmm_process::VmmError,
+    volumes::shared_memory,
 };
 
 /// Failures with shares.
@@ -34,6 +36,17 @@ pub enum ShareError {
         #[source]
         source: TreeError,
     },
+    /// The source of a bind mount cannot be looked at.
+    #[error("Cannot mount {path} on {destination}")]
+    Look {
+        /// The source on the host.
+        path: PathBuf,
+        /// Where in the container.
+        destination: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
     /// A hook's program cannot be used.
     #[error("Cannot have the hook {path} run in the container's namespaces")]
     Hook {
@@ -43,31 +56,16 @@ pub enum ShareError {
         #[source]
         source: TreeError,
     },
-    /// Its ids are more than a pod has.
-    #[error(
-        "Cannot mount {path} on {destination} with mapped ids: {first} to {last} are not among the \
-         {count} that a pod has"
-    )]
+    /// Its ids cannot be mapped.
+    #[error("Cannot mount {path} on {destination} with mapped ids")]
     Ids {
         /// The source on the host.
         path: PathBuf,
         /// Where in the container.
         destination: PathBuf,
-        /// The first id by which files are to be shown.
-        first: u32,
-        /// The last one.
-        last: u64,
-        /// How many ids a pod has.
-        count: u32,
-    },
-    /// Its ids cannot be mapped.
-    #[error("Cannot map the ids of {path}")]
-    Namespace {
-        /// The source on the host.
-        path: PathBuf,
-        /// What failed.
+        /// What is wrong with them.
         #[source]
-        source: UserNamespaceError,
+        source: IdsError,
     },
     /// The VMM did not take it.
     #[error("Cannot share {what} with the VM")]
@@ -87,6 +85,17 @@ pub enum ShareError {
 #[derive(Debug, Default)]
 pub struct Shares {
     names: Vec<String>,
+    /// Those that other containers of the pod may use as well.
+    volumes: Vec<String>,
+}
+
+/// Where the guest finds what the spec's mounts are to show.
+#[derive(Debug, Default)]
+pub struct Mounts {
+    /// What the host has.
+    pub shared: Vec<SharedMount>,
+    /// What is the pod's memory.
+    pub memory: Vec<MemoryMount>,
 }
 
 impl Shares {
@@ -118,27 +127,40 @@ impl Shares {
         &mut self,
         pod: &Pod,
         confinement: &Confinement,
-        prefix: &str,
         spec: &Spec,
-    ) -> Result<Vec<SharedMount>, ShareError> {
+    ) -> Result<Mounts, ShareError> {
         let users = spec.user_ids();
-        let mut shared = Vec::new();
+        let mut mounts = Mounts::default();
+        let mut volumes = pod.volumes().await;
         for (index, mount) in (0u32..).zip(spec.mounts.iter().flatten()) {
             if !mount.is_bind() {
                 continue;
             }
-            let tree = bind(confinement, mount, &users)?;
-            let name = format!("{prefix}-m{index}");
-            let options = (mount.is_read_only(), false);
-            self.add(pod, &name, tree.as_fd(), options, mount.source.clone())
-                .await?;
-            shared.push(SharedMount {
+            let memory = shared_memory(mount).map_err(|source| ShareError::Look {
+                path: mount.source.clone(),
+                destination: mount.destination.clone(),
+                source,
+            })?;
+            if let Some(size) = memory {
+                mounts.memory.push(MemoryMount {
+                    index,
+                    name: mount.source.display().to_string(),
+                    size,
+                    ..MemoryMount::default()
+                });
+                continue;
+            }
+            let names = &mut self.volumes;
+            let added = volumes.add(pod, confinement, mount, &users, names).await?;
+            let (share, mirrored) = added;
+            mounts.shared.push(SharedMount {
                 index,
-                share: name,
+                share,
+                mirrored,
                 ..SharedMount::default()
             });
         }
-        Ok(shared)
+        Ok(mounts)
     }
 
     /// Shares the programs of the hooks that run in the container's namespaces but come from the host.
@@ -186,28 +208,43 @@ impl Shares {
 
     /// Takes all of them away. The VMM, if it still is there, holds nothing of them afterwards.
     pub async fn remove(&mut self, pod: &Pod) {
+        let volumes = std::mem::take(&mut self.volumes);
+        pod.volumes().await.remove(pod, volumes).await;
         for name in self.names.drain(..) {
-            match pod.unshare(&name).await {
-                Ok(()) | Err(VmmError::Gone) => {}
-                Err(error) => {
-                    let error = text::chain(&error);
-                    tracing::warn!(name, error, "Cannot take a share away");
-                }
-            }
+            report(&name, pod.unshare(&name).await);
+        }
+    }
+}
+
+/// Logs why a share is not taken away, if so.
+pub fn report(name: &str, taken: Result<(), VmmError>) {
+    match taken {
+        Ok(()) | Err(VmmError::Gone) => {}
+        Err(error) => {
+            let error = text::chain(&error);
+            tracing::warn!(name, error, "Cannot take a share away");
         }
     }
 }
 
 /// The source of a bind mount, under the ids of the pod. `users` are those of the container's user
 /// namespace.
-fn bind(
+pub fn bind(
     confinement: &Confinement,
     mount: &Mount,
     users: &IdMappings,
 ) -> Result<OwnedFd, ShareError> {
     let path = &mount.source;
     let mapped = match mount.mapped_ids(users) {
-        Some(ids) => Some(mapped_namespace(confinement, mount, ids)?),
+        Some(ids) => {
+            let range = confinement.namespace.range();
+            let mapped = mapped_ids::namespace(range, ids);
+            Some(mapped.map_err(|source| ShareError::Ids {
+                path: path.clone(),
+                destination: mount.destination.clone(),
+                source,
+            })?)
+        }
         None => None,
     };
     let namespace = match &mapped {
@@ -234,75 +271,4 @@ fn confined(
     let tree = tree::clone(path, recursive)?;
     tree::confine(tree.as_fd(), path, Some(namespace), flags)?;
     Ok(tree)
-}
-
-/// The user namespace for a mount with mapped ids. By it the VMM sees, and the guest with it, what
-/// the mount is to show: the guest's kernel has nothing to map.
-fn mapped_namespace(
-    confinement: &Confinement,
-    mount: &Mount,
-    ids: &IdMappings,
-) -> Result<OwnedFd, ShareError> {
-    let range = confinement.namespace.range();
-    let maps = |mappings: &Option<Vec<IdMapping>>| {
-        let mappings = mappings.iter().flatten();
-        mappings
-            .map(|mapping| {
-                on_host(*mapping, range).map_err(|last| ShareError::Ids {
-                    path: mount.source.clone(),
-                    destination: mount.destination.clone(),
-                    first: mapping.host,
-                    last,
-                    count: range.count,
-                })
-            })
-            .collect::<Result<Vec<_>, _>>()
-    };
-    let (users, groups) = (maps(&ids.uid_mappings)?, maps(&ids.gid_mappings)?);
-    namespace_with(&users, &groups).map_err(|source| ShareError::Namespace {
-        path: mount.source.clone(),
-        source,
-    })
-}
-
-/// What is to be an id of the guest is one of the host's that the pod has; or else the last id that
-/// it would need.
-fn on_host(mapping: IdMapping, range: IdRange) -> Result<IdMap, u64> {
-    let end = u64::from(mapping.host) + u64::from(mapping.size);
-    match range.first.checked_add(mapping.host) {
-        Some(outside) if end <= u64::from(range.count) => Ok(IdMap {
-            inside: mapping.container,
-            outside,
-            count: mapping.size,
-        }),
-        _ => Err(end.saturating_sub(1)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mapped_ids_stay_among_the_pods() {
-        let range = IdRange {
-            first: 1_000_000,
-            count: 262_144,
-        };
-        let mapping = |container, host, size| IdMapping {
-            container,
-            host,
-            size,
-        };
-        let map = IdMap {
-            inside: 5,
-            outside: 1_100_000,
-            count: 65_536,
-        };
-        assert_eq!(on_host(mapping(5, 100_000, 65_536), range), Ok(map));
-        assert!(on_host(mapping(0, 262_143, 1), range).is_ok());
-        assert_eq!(on_host(mapping(0, 262_143, 2), range), Err(262_144));
-        let beyond = u64::from(u32::MAX) * 2 - 1;
-        assert_eq!(on_host(mapping(0, u32::MAX, u32::MAX), range), Err(beyond));
-    }
 }

@@ -92,7 +92,7 @@ pub struct Mount {
 }
 
 /// `uidMappings` and `gidMappings`, of a mount or of the container's user namespace
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct IdMappings {
     /// Of users.
@@ -112,7 +112,7 @@ impl IdMappings {
 }
 
 /// An element of `uidMappings` or `gidMappings`
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct IdMapping {
     /// The first id inside, or of the mounted file system.

@@ -1,9 +1,9 @@
 //! Where network interfaces come from: platform devices of the guest.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, DirEntry, OpenOptions},
     io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 /// The driver of the devices, as in /sys/bus/platform/drivers.
@@ -45,6 +45,25 @@ impl PlatformDevices {
     }
 }
 
+/// Lets each flow of packets keep to one of an interface's queues. By default a packet leaves by the
+/// queue of the CPU that sends it, and the host then answers by that queue: a flow would move whenever
+/// its process does, and its packets overtake each other.
+fn spread_by_flow(interface: &Path) -> io::Result<()> {
+    let Ok(queues) = fs::read_dir(interface.join("queues")) else {
+        return Ok(());
+    };
+    let queues = queues.collect::<io::Result<Vec<_>>>()?;
+    let sends = |entry: &&DirEntry| entry.file_name().to_string_lossy().starts_with("tx-");
+    let sending: Vec<_> = queues.iter().filter(sends).collect();
+    // One alone has no such setting.
+    if sending.len() > 1 {
+        for queue in sending {
+            fs::write(queue.path().join("xps_cpus"), "0")?;
+        }
+    }
+    Ok(())
+}
+
 impl Devices for PlatformDevices {
     fn is_attached(&self, device: &str) -> bool {
         self.device(device).join("driver").exists()
@@ -64,7 +83,9 @@ impl Devices for PlatformDevices {
                 continue;
             };
             if let Some(interface) = interfaces.next() {
-                return Ok(interface?.file_name().to_string_lossy().into_owned());
+                let interface = interface?;
+                spread_by_flow(&interface.path())?;
+                return Ok(interface.file_name().to_string_lossy().into_owned());
             }
         }
         Err(io::Error::new(

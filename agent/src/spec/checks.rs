@@ -309,6 +309,8 @@ fn check_namespaces(linux: &Linux, supplied: &Supplied) -> Result<(), SpecError>
                 "containers of a pod cannot share it"
             }
             _ if supplied.namespaces.contains(&kind) => continue,
+            // Where it is kept on the host says nothing here: one with these ids is made.
+            LinuxNamespaceType::User if listed(linux.uid_mappings()) => continue,
             _ => "it is no namespace of another container in the pod",
         };
         return Err(SpecError::unsupported(

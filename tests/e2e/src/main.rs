@@ -8,6 +8,7 @@ mod bench;
 mod cases;
 mod command;
 mod configurations;
+mod cri;
 mod ctr;
 mod differences;
 mod docker;

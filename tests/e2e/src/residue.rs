@@ -37,20 +37,25 @@ const TREES: [&str; 4] = [
     "/var/lib/containerd/io.containerd.runtime.v2.task",
 ];
 
-/// What stays by design: the record of kernels that were checked, the file of claimed ids, and the
-/// parents that containerd, runc and `ip netns` make once.
-const STAYS: [&str; 13] = [
+/// What stays by design: the record of kernels that were checked, the file of claimed ids, the parents
+/// that containerd, runc and `ip netns` make once, the bridge of pods and the parent of their cgroups.
+const STAYS: [&str; 18] = [
     "/run/bulkhead",
     "/run/bulkhead/ids",
     "/run/bulkhead/verified.json",
     "/run/netns",
     "/run/containerd/runc/default",
+    "/run/containerd/runc/k8s.io",
     "/run/containerd/runc",
     "/run/containerd/fifo",
     "/run/containerd/s",
     "/run/containerd/io.containerd.runtime.v2.task/default",
+    "/run/containerd/io.containerd.runtime.v2.task/k8s.io",
     "/run/containerd/io.containerd.runtime.v2.task/moby",
+    "/sys/class/net/cni0",
+    "/sys/fs/cgroup/kubepods",
     "/var/lib/containerd/io.containerd.runtime.v2.task/default",
+    "/var/lib/containerd/io.containerd.runtime.v2.task/k8s.io",
     "/var/lib/containerd/io.containerd.runtime.v2.task/moby",
     "/sys/fs/cgroup/default",
 ];

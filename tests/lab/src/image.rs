@@ -50,9 +50,16 @@ const LOCAL_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// The archive of `docker.io/library/busybox:latest`.
 const BUSYBOX_ARCHIVE: &str = "busybox.tar";
 
+/// The archive of `docker.io/library/pause:latest`, which is not imported at boot.
+const PAUSE_ARCHIVE: &str = "pause.tar";
+
+/// What a pod's first container does: nothing, but to reap what others of the pod leave to it.
+const PAUSE: &str = "trap exit INT TERM; while :; do sleep 1000000 & wait $!; done";
+
 /// A directory with `root.img`, `vmlinuz`, `virtio_blk.ko` and `busybox.tar`.
 pub(crate) fn root_image(cache: &Cache) -> Result<PathBuf, Error> {
-    cache.entry("lab", &[PACKAGES.as_bytes(), RECIPE], |partial| {
+    let inputs = [PACKAGES.as_bytes(), PAUSE.as_bytes(), RECIPE];
+    cache.entry("lab", &inputs, |partial| {
         let root = partial.join("root");
         let packages: Vec<&str> = PACKAGES.split_whitespace().collect();
         debian(&root, &packages, "Installing the lab's Debian system")?;
@@ -74,9 +81,11 @@ pub(crate) fn root_image(cache: &Cache) -> Result<PathBuf, Error> {
         copy(&root.join(driver), &partial.join("virtio_blk.ko"))?;
         let archive = partial.join(BUSYBOX_ARCHIVE);
         pack_busybox(&root, &partial.join("busybox"), &archive)?;
-        let at_boot = root.join("var/lib/bulkhead-images/boot");
+        let images = root.join("var/lib/bulkhead-images");
+        let at_boot = images.join("boot");
         fs::create_dir_all(&at_boot).context(|| format!("create {}", at_boot.display()))?;
         copy(&archive, &at_boot.join(BUSYBOX_ARCHIVE))?;
+        pack_pause(&root, &partial.join("pause"), &images.join(PAUSE_ARCHIVE))?;
         let mut mke2fs = Command::new("mke2fs");
         mke2fs
             // With a journal, though the disk is thrown away after each run: without one, ext4 looks
@@ -224,6 +233,18 @@ fn pack_busybox(lab_root: &Path, root: &Path, archive: &Path) -> Result<(), Erro
     let config = ImageConfig {
         reference: "docker.io/library/busybox:latest",
         command: &["sh"],
+    };
+    write_archive(root, &config, archive)?;
+    remove(root)
+}
+
+/// Packs the image that pods begin with; `root` is where it is put together.
+fn pack_pause(lab_root: &Path, root: &Path, archive: &Path) -> Result<(), Error> {
+    fs::create_dir_all(root).context(|| format!("create {}", root.display()))?;
+    copy(&lab_root.join("usr/bin/busybox"), &root.join("busybox"))?;
+    let config = ImageConfig {
+        reference: "docker.io/library/pause:latest",
+        command: &["/busybox", "sh", "-c", PAUSE],
     };
     write_archive(root, &config, archive)?;
     remove(root)

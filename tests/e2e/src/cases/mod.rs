@@ -21,6 +21,7 @@ mod neighbours;
 mod network;
 mod outputs;
 mod parity;
+mod pods;
 mod soak;
 
 use anyhow::Result;
@@ -122,6 +123,7 @@ pub fn all() -> Vec<Case> {
         soak::cases(),
         docker::cases(),
         docker_network::cases(),
+        pods::cases(),
     ]
     .into_iter()
     .flatten()

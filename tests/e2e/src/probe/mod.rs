@@ -15,6 +15,7 @@ mod stream;
 mod syscalls;
 mod talk;
 pub mod tree;
+mod volume;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -67,6 +68,21 @@ pub enum Probe {
         /// How many bytes over TCP.
         length: u64,
     },
+    /// What happens to a file or in a directory.
+    Events {
+        /// What to watch.
+        path: PathBuf,
+    },
+    /// Locks a file and changes it in memory until another process does.
+    Call {
+        /// The file, which is made.
+        file: PathBuf,
+    },
+    /// Is the other process.
+    Answer {
+        /// The file.
+        file: PathBuf,
+    },
     /// Tries to lock a file as another process does.
     #[command(hide = true)]
     Lock {
@@ -105,6 +121,9 @@ pub fn run(probe: &Probe) -> Result<()> {
         Probe::Serve { port } => talk::serve(*port),
         Probe::Measured { port } => talk::measured(*port),
         Probe::Ask { partner, length } => talk::ask(partner, *length),
+        Probe::Events { path } => volume::events(path),
+        Probe::Call { file } => volume::call(file),
+        Probe::Answer { file } => volume::answer(file),
         Probe::Lock { file } => data::lock_as_another(file),
         Probe::Access { file } => metadata::access_as_another(file),
         Probe::Overwrite { file } => data::overwrite_as_another(file),

@@ -16,13 +16,24 @@ const FOUND_FIRST: &str = "/usr/local/sbin";
 /// Image archives that every lab has in its containerd.
 const IMAGES: &str = "/var/lib/bulkhead-images/boot";
 
+/// How containerd serves Kubernetes: with pods under runc and under Bulkhead.
+const CONFIG: &str = "/etc/containerd/config.toml";
+
+/// The network of these pods.
+const NETWORK: &str = "/etc/cni/net.d/10-bridge.conflist";
+
 /// Starts a containerd and imports the images, if asked to.
 pub fn run(containerd: Option<Containerd>) -> Result<()> {
-    match containerd {
+    let config = match containerd {
         None => return Ok(()),
-        Some(Containerd::V1) => {}
-        Some(Containerd::V2) => prefer_second()?,
-    }
+        Some(Containerd::V1) => include_str!("etc/containerd-1.toml"),
+        Some(Containerd::V2) => {
+            prefer_second()?;
+            include_str!("etc/containerd-2.toml")
+        }
+    };
+    write(CONFIG, config)?;
+    write(NETWORK, include_str!("etc/10-bridge.conflist"))?;
     containerd::start()?;
     for entry in fs::read_dir(IMAGES).context(|| format!("list {IMAGES}"))? {
         let archive = entry.context(|| format!("list {IMAGES}"))?.path();
@@ -47,4 +58,11 @@ fn prefer_second() -> Result<()> {
         symlink(&program, &link).context(|| format!("make {}", link.display()))?;
     }
     Ok(())
+}
+
+fn write(path: &str, content: &str) -> Result<()> {
+    let parent = Path::new(path).parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(parent)
+        .and_then(|()| fs::write(path, content))
+        .context(|| format!("write {path}"))
 }

@@ -1,0 +1,20 @@
+//! Kubernetes: pods by way of CRI.
+
+mod life;
+mod limits;
+mod security;
+mod volumes;
+
+use super::{Case, Setting, bulkhead, case};
+
+pub fn cases() -> Vec<Case> {
+    [
+        life::cases(),
+        volumes::cases(),
+        limits::cases(),
+        security::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
