@@ -8,6 +8,7 @@ use super::failures::Config;
 use super::{Case, Setting, bulkhead, case};
 use crate::ctr::{Container, RUNC, Run};
 use crate::host::{Log, Pod};
+use crate::network::{Attachment, Bridge, GATEWAY, Namespace};
 use crate::posture::{self, ANCHOR, SHIM, VMM};
 use crate::probe::tree;
 
@@ -123,10 +124,13 @@ fn broken_out(setting: &Setting) -> Result<()> {
         let _config = Config::replace(&format!("vmm = {OPEN_VMM:?}\n"))?;
         // A neighbour, whose process and files are there to be reached.
         let _neighbour = setting.container().detach(&["sleep", "100000"])?;
+        let bridge = Bridge::new();
+        let namespace = Namespace::new()?;
+        let _eth = Attachment::bridge(&namespace, "eth0", &bridge)?;
         let container = setting
             .container()
             .debian()
-            .flags(&["--privileged"])
+            .flags(&["--privileged", "--with-ns", &namespace.flag()])
             .detach(&["sleep", "100000"])?;
         let script = "import os\n\
                       try: os.getxattr('/etc/passwd', 'user.bulkhead.break-out')\n\
@@ -135,9 +139,14 @@ fn broken_out(setting: &Setting) -> Result<()> {
             .exec(&[], &["python3", "-c", script])?
             .succeeds()?;
         // Each thread has its turn when there is something for it to do: output, an error on the
-        // guest's console, an end.
-        let script = "echo '<3>hello' > /dev/kmsg";
-        container.exec(&[], &["sh", "-c", script])?.succeeds()?;
+        // guest's console, a packet, an end.
+        let script = format!(
+            "import socket\nopen('/dev/kmsg', 'w').write('<3>hello')\n\
+             socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('{GATEWAY}', 9))"
+        );
+        container
+            .exec(&[], &["python3", "-c", &script])?
+            .succeeds()?;
         drop(container);
         log.tail(1 << 20)?
     };
