@@ -19,6 +19,7 @@ mod namespaces;
 mod neighbours;
 mod outputs;
 mod parity;
+mod roots;
 mod soak;
 
 use anyhow::Result;
@@ -106,6 +107,7 @@ pub fn all() -> Vec<Case> {
         events::cases(),
         adjust::cases(),
         parity::cases(),
+        roots::cases(),
         namespaces::cases(),
         escapes::cases(),
         configurations::cases(),
