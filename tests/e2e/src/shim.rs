@@ -9,18 +9,20 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::Client;
 use containerd_shim_protos::api::{
-    CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest,
-    ResumeRequest, StartRequest, StateRequest, StatsRequest, UpdateTaskRequest, WaitRequest,
-    WaitResponse,
+    CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, Mount, PauseRequest,
+    PidsRequest, ResumeRequest, StartRequest, StateRequest, StatsRequest, UpdateTaskRequest,
+    WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::ttrpc::{self, context};
 use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_setfl, mknodat};
+use serde::Deserialize;
 use serde_json::Value;
 
 use crate::command::{Capture, DEADLINE};
 use crate::ctr::Container;
+use crate::host;
 
 /// How containerd names the type of a process that is executed in addition.
 const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
@@ -32,31 +34,52 @@ const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/Linux
 const SETTLE: Duration = Duration::from_secs(60);
 
 /// A connection to the shim of a pod.
-pub struct Shim(Client);
+pub struct Shim {
+    client: Client,
+    /// The name of the task service.
+    service: String,
+}
+
+/// How a shim is reached, by containerd 2's file in the bundle.
+#[derive(Deserialize)]
+struct Bootstrap {
+    /// Of the API.
+    version: u32,
+    address: String,
+}
 
 impl Shim {
     /// Of this container's pod.
     pub fn of(pod: &Container) -> Result<Self> {
         let state = "/run/containerd/io.containerd.runtime.v2.task/default";
-        let address = format!("{state}/{}/address", pod.id());
-        let address = fs::read_to_string(&address).with_context(|| format!("read {address}"))?;
+        let bundle = Path::new(state).join(pod.id());
+        let Bootstrap { version, address } = match fs::read(bundle.join("bootstrap.json")) {
+            Ok(bootstrap) => serde_json::from_slice(&bootstrap)?,
+            // Of containerd 1.7.
+            Err(_) => Bootstrap {
+                version: 2,
+                address: host::read(&bundle.join("address"))?,
+            },
+        };
         let client = Client::connect(address.trim());
-        Ok(Self(
-            client.with_context(|| format!("connect to {address}"))?,
-        ))
+        Ok(Self {
+            client: client.with_context(|| format!("connect to {address}"))?,
+            service: format!("containerd.task.v{version}.Task"),
+        })
     }
 
-    /// Creates another container in the pod, from the bundle in this directory. What its process writes
-    /// is kept.
+    /// Creates another container in the pod, from the bundle in this directory and what is to be mounted
+    /// as its root, if it is not there. What its process writes is kept.
     ///
     /// # Errors
     ///
     /// [`Refused`] when the shim refuses it.
-    pub fn create(&self, bundle: &Path, id: &str) -> Result<Process<'_>> {
+    pub fn create(&self, bundle: &Path, id: &str, rootfs: Vec<Mount>) -> Result<Process<'_>> {
         let streams = Streams::new(bundle, id)?;
         let request = CreateTaskRequest {
             id: id.to_owned(),
             bundle: text(bundle)?,
+            rootfs,
             stdin: streams.name(0)?,
             stdout: streams.name(1)?,
             stderr: streams.name(2)?,
@@ -164,14 +187,14 @@ impl Shim {
     fn call(&self, method: &str, message: &impl Message) -> Result<Vec<u8>> {
         let deadline = i64::try_from(DEADLINE.as_nanos()).context("a long deadline")?;
         let request = ttrpc::Request {
-            service: "containerd.task.v2.Task".into(),
+            service: self.service.clone(),
             method: method.into(),
             timeout_nano: deadline,
             metadata: context::to_pb(context::with_duration(DEADLINE).metadata),
             payload: message.write_to_bytes()?,
             ..ttrpc::Request::default()
         };
-        match self.0.request(request) {
+        match self.client.request(request) {
             Ok(response) => Ok(response.payload),
             Err(ttrpc::Error::RpcStatus(status)) => bail!(Refused {
                 code: status.code(),

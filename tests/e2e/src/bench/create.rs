@@ -94,7 +94,7 @@ fn in_pod(runtime: &str, bundle: &Path, runs: usize) -> Result<Vec<f64>> {
 
 fn by_shim(shim: &Shim, bundle: &Path, id: &str) -> Result<f64> {
     let begun = Instant::now();
-    let mut process = shim.create(bundle, id)?;
+    let mut process = shim.create(bundle, id, Vec::new())?;
     process.start()?;
     Ok(begun.elapsed().as_secs_f64() * 1e3)
 }

@@ -22,6 +22,7 @@ mod network;
 mod outputs;
 mod parity;
 mod pods;
+mod roots;
 mod soak;
 
 use anyhow::Result;
@@ -109,6 +110,7 @@ pub fn all() -> Vec<Case> {
         events::cases(),
         adjust::cases(),
         parity::cases(),
+        roots::cases(),
         namespaces::cases(),
         escapes::cases(),
         configurations::cases(),

@@ -87,7 +87,7 @@ pub(super) fn start<'a>(
 }
 
 fn run_by_shim<'a>(shim: &'a Shim, bundle: &Path, id: &str) -> Result<Process<'a>> {
-    let mut process = shim.create(bundle, id)?;
+    let mut process = shim.create(bundle, id, Vec::new())?;
     process.start()?;
     Ok(process)
 }
