@@ -32,8 +32,8 @@ pub struct Case {
     pub name: &'static str,
     /// It asks for something that only Bulkhead does.
     pub bulkhead_only: bool,
-    /// It needs the Debian image, which takes a minute to import.
-    pub debian: bool,
+    /// It needs this image beside busybox's: one of those of the lab that are built from Debian.
+    pub image: Option<&'static str>,
     /// It takes minutes.
     pub long: bool,
     /// It does what another test does, more often: only run when asked for.
@@ -44,8 +44,12 @@ pub struct Case {
 
 impl Case {
     const fn in_debian(self) -> Self {
+        self.with("debian-dev")
+    }
+
+    const fn with(self, image: &'static str) -> Self {
         Self {
-            debian: true,
+            image: Some(image),
             ..self
         }
     }
@@ -77,7 +81,7 @@ const fn case(name: &'static str, run: fn(&Setting) -> Result<()>) -> Case {
     Case {
         name,
         bulkhead_only: false,
-        debian: false,
+        image: None,
         long: false,
         soak: false,
         run,
@@ -89,7 +93,7 @@ const fn bulkhead(name: &'static str, run: fn(&Setting) -> Result<()>) -> Case {
     Case {
         name,
         bulkhead_only: true,
-        debian: false,
+        image: None,
         long: false,
         soak: false,
         run,
