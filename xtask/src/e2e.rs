@@ -1,6 +1,7 @@
 //! The end-to-end tests, shared out among labs. Two labs of one CPU each get more done on two CPUs than
 //! one lab of two, whose emulated CPUs wait for each other.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -14,7 +15,7 @@ use serde::Deserialize;
 
 use crate::build::Built;
 use crate::install;
-use crate::lab::{Containerd, load_debian_dev, save_logs};
+use crate::lab::{Containerd, load_image, save_logs};
 
 /// Where the end-to-end tests' program is in the lab.
 const E2E: &str = "/usr/local/bin/bulkhead-e2e";
@@ -50,11 +51,11 @@ pub struct Programs {
 #[derive(Deserialize)]
 struct Test {
     name: String,
-    /// It needs the Debian image.
-    debian: bool,
+    /// It needs this image, which takes a minute to import.
+    image: Option<String>,
     /// It takes minutes.
     long: bool,
-    /// It does what another test does, more often.
+    /// It takes long and asks for little that others do not.
     soak: bool,
 }
 
@@ -64,7 +65,7 @@ pub struct Selection {
     /// Only the end-to-end tests, and of these the ones that match.
     #[arg(long)]
     pub e2e: Option<String>,
-    /// Also those that only do more often what others do.
+    /// Also those that take long and ask for little that others do not.
     #[arg(long)]
     pub soak: bool,
     /// With this containerd.
@@ -83,6 +84,8 @@ impl Selection {
 /// What is still to be done and how the rest went.
 struct Progress {
     waiting: Vec<Test>,
+    /// Which lab has, or soon has, the images that tests need.
+    images: HashMap<String, usize>,
     all: usize,
     ended: usize,
     failed: Vec<String>,
@@ -101,6 +104,7 @@ pub fn run(programs: &Programs, selection: &Selection) -> Result<i32> {
     let started = Instant::now();
     let progress = Mutex::new(Progress {
         waiting: tests,
+        images: HashMap::new(),
         all,
         ended: 0,
         failed: Vec::new(),
@@ -161,8 +165,8 @@ fn size_of_labs() -> Result<(usize, u32)> {
     Ok((labs, if cpus / labs > 1 { 2 } else { 1 }))
 }
 
-/// Starts a lab and runs tests in it until none is left. The first lab alone imports the Debian image,
-/// and runs the tests that need it before all others.
+/// Starts a lab and runs tests in it until none is left. An image is imported in one lab, which runs the
+/// tests that need it before all others.
 fn use_lab(
     programs: &Programs,
     selection: &Selection,
@@ -183,15 +187,16 @@ fn use_lab(
     lab.push(&programs.open_vmm, OPEN_VMM)?;
     lab.push(&programs.held_shim, HELD_SHIM)?;
     step.done();
-    let debian = number == 0 && lock(progress).waiting.iter().any(|test| test.debian);
-    if debian {
-        load_debian_dev(&lab)?;
-    }
     let mut all_passed = true;
     let result = loop {
-        let Some(test) = lock(progress).next(debian) else {
+        let Some((test, missing)) = lock(progress).next(number) else {
             break Ok(());
         };
+        if let Some(image) = missing
+            && let Err(error) = load_image(&lab, &image)
+        {
+            break Err(error);
+        }
         match run_test(&lab, &test, progress) {
             Ok(passed) => all_passed &= passed,
             Err(error) => break Err(error),
@@ -204,12 +209,24 @@ fn use_lab(
 }
 
 impl Progress {
-    /// Takes the next test for a lab that has the Debian image or not.
-    fn next(&mut self, debian: bool) -> Option<Test> {
-        let position = |needs: bool| self.waiting.iter().position(|test| test.debian == needs);
-        let first = if debian { position(true) } else { None };
-        let index = first.or_else(|| position(false))?;
-        Some(self.waiting.remove(index))
+    /// Takes the next test for this lab, and the image that it must be given before.
+    fn next(&mut self, lab: usize) -> Option<(Test, Option<String>)> {
+        let owner = |test: &Test| Some(self.images.get(test.image.as_ref()?).copied());
+        let position = |wanted| self.waiting.iter().position(|test| owner(test) == wanted);
+        let own = position(Some(Some(lab)));
+        let index = own
+            .or_else(|| position(Some(None)))
+            .or_else(|| position(None))?;
+        let test = self.waiting.remove(index);
+        let missing = if own.is_none() {
+            test.image.clone()
+        } else {
+            None
+        };
+        if let Some(image) = &missing {
+            self.images.insert(image.clone(), lab);
+        }
+        Some((test, missing))
     }
 }
 

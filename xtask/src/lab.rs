@@ -54,8 +54,13 @@ pub enum LabTask {
         from: String,
         to: PathBuf,
     },
-    /// Import the image docker.io/library/debian-dev:latest (python3, gcc) into the lab.
-    LoadDebianDev(Name),
+    /// Import one of the larger images, docker.io/library/IMAGE:latest, into the lab: debian-dev
+    /// (python3, gcc), debian-services (nginx, postgres, redis) or debian-docker (dockerd).
+    LoadImage {
+        #[command(flatten)]
+        name: Name,
+        image: String,
+    },
     /// Print the lab's serial console.
     Console(Name),
     /// End the lab; everything in it is lost.
@@ -136,7 +141,7 @@ pub fn run(task: LabTask) -> Result<i32> {
         } => return exec(&name, tty, &env, cwd, timeout, command),
         LabTask::Push { name, from, to } => name.client()?.push(&from, &to)?,
         LabTask::Pull { name, from, to } => name.client()?.pull(&from, &to)?,
-        LabTask::LoadDebianDev(name) => load_debian_dev(&name.client()?)?,
+        LabTask::LoadImage { name, image } => load_image(&name.client()?, &image)?,
         LabTask::Console(name) => {
             let path = name.state()?.console();
             let mut console = File::open(&path).with_context(|| format!("{}", path.display()))?;
@@ -165,10 +170,10 @@ fn serve(options: &LabOptions) -> Result<()> {
     Ok(())
 }
 
-/// Puts the image docker.io/library/debian-dev:latest into a lab's containerd.
-pub fn load_debian_dev(lab: &Client) -> Result<()> {
-    let archive = bulkhead_lab::debian_dev_archive(&Cache::open()?)?;
-    let step = Step::start("Importing the image debian-dev in the lab");
+/// Puts an image of this name that is built from Debian packages into a lab's containerd.
+pub fn load_image(lab: &Client, name: &str) -> Result<()> {
+    let archive = bulkhead_lab::debian_archive(&Cache::open()?, name)?;
+    let step = Step::start(format!("Importing the image {name} in the lab"));
     let file = File::open(&archive).with_context(|| format!("open {}", archive.display()))?;
     let import = lab
         .exec(["ctr", "image", "import", "-"])

@@ -17,6 +17,10 @@ pub const RUNC: &str = "io.containerd.runc.v2";
 pub const BUSYBOX: &str = "docker.io/library/busybox:latest";
 /// An image of Debian with python3, gcc and dpkg.
 pub const DEBIAN: &str = "docker.io/library/debian-dev:latest";
+/// An image of Debian with nginx, PostgreSQL, Redis and clients of theirs.
+pub const SERVICES: &str = "docker.io/library/debian-services:latest";
+/// An image of Debian with Docker.
+pub const DOCKER: &str = "docker.io/library/debian-docker:latest";
 
 /// Where the probe (see [`crate::probe`]) is found in a container started with [`Run::probe`].
 pub const PROBE: &str = "/probe";
@@ -57,8 +61,13 @@ impl Run {
     }
 
     /// Uses the Debian image.
-    pub fn debian(mut self) -> Self {
-        self.image = DEBIAN;
+    pub fn debian(self) -> Self {
+        self.image(DEBIAN)
+    }
+
+    /// Uses this image.
+    pub fn image(mut self, image: &'static str) -> Self {
+        self.image = image;
         self
     }
 

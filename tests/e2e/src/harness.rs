@@ -31,7 +31,7 @@ pub fn list(runtime: &str) {
         println!(
             "{}",
             json!({
-                "name": case.name, "debian": case.debian, "long": case.long, "soak": case.soak,
+                "name": case.name, "image": case.image, "long": case.long, "soak": case.soak,
             })
         );
     }

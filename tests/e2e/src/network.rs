@@ -1,7 +1,7 @@
 //! Networks as an orchestrator makes them: a namespace, and interfaces in it by plug-ins of CNI
 //! (containernetworking/cni, SPEC.md).
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -109,7 +109,8 @@ pub struct Attachment<'n> {
     chain: Vec<Value>,
     /// What the last plug-in said.
     pub result: Value,
-    addresses: tempfile::TempDir,
+    /// Which addresses are taken, unless others know as well.
+    _addresses: Option<tempfile::TempDir>,
 }
 
 impl<'n> Attachment<'n> {
@@ -118,17 +119,31 @@ impl<'n> Attachment<'n> {
     pub fn add(
         namespace: &'n Namespace,
         interface: &'static str,
-        mut chain: Vec<Value>,
+        chain: Vec<Value>,
         ranges: &[&str],
         runtime: &Value,
     ) -> Result<Self> {
         let addresses = tempfile::tempdir()?;
+        let path = addresses.path();
+        let mut attachment = Self::add_from(path, namespace, interface, chain, ranges, runtime)?;
+        attachment._addresses = Some(addresses);
+        Ok(attachment)
+    }
+
+    fn add_from(
+        addresses: &Path,
+        namespace: &'n Namespace,
+        interface: &'static str,
+        mut chain: Vec<Value>,
+        ranges: &[&str],
+        runtime: &Value,
+    ) -> Result<Self> {
         let ranges: Vec<Value> = ranges
             .iter()
             .map(|net| json!([{ "subnet": net }]))
             .collect();
         chain[0]["ipam"] = json!({
-            "type": "host-local", "dataDir": addresses.path(), "ranges": ranges,
+            "type": "host-local", "dataDir": addresses, "ranges": ranges,
         });
         for plugin in &mut chain {
             plugin["cniVersion"] = "1.0.0".into();
@@ -140,7 +155,7 @@ impl<'n> Attachment<'n> {
             interface,
             chain,
             result: Value::Null,
-            addresses,
+            _addresses: None,
         };
         for index in 0..attachment.chain.len() {
             let said = attachment.call("ADD", index)?;
@@ -149,22 +164,45 @@ impl<'n> Attachment<'n> {
         Ok(attachment)
     }
 
-    /// The bridge plug-in with `bridge` as the host's own address in it.
+    /// The bridge plug-in, with addresses that nobody else on this bridge has.
     pub fn bridge(
         namespace: &'n Namespace,
         interface: &'static str,
         bridge: &Bridge,
     ) -> Result<Self> {
+        Self::bridge_and(vec![], namespace, interface, bridge, &json!({}))
+    }
+
+    /// As [`Attachment::bridge`], with a port of all addresses of the host's that leads to one of the
+    /// namespace's.
+    pub fn published(
+        namespace: &'n Namespace,
+        interface: &'static str,
+        bridge: &Bridge,
+        host_port: u16,
+        port: u16,
+    ) -> Result<Self> {
+        let portmap = json!({
+            "type": "portmap", "capabilities": { "portMappings": true }, "snat": true,
+        });
+        let mapping = json!({ "hostPort": host_port, "containerPort": port, "protocol": "tcp" });
+        let runtime = json!({ "portMappings": [mapping] });
+        Self::bridge_and(vec![portmap], namespace, interface, bridge, &runtime)
+    }
+
+    fn bridge_and(
+        others: Vec<Value>,
+        namespace: &'n Namespace,
+        interface: &'static str,
+        bridge: &Bridge,
+        runtime: &Value,
+    ) -> Result<Self> {
         let plugin = json!({
             "type": "bridge", "bridge": bridge.name, "isDefaultGateway": true, "hairpinMode": true,
         });
-        Self::add(
-            namespace,
-            interface,
-            vec![plugin],
-            bridge.ranges,
-            &json!({}),
-        )
+        let chain = [vec![plugin], others].concat();
+        let (addresses, ranges) = (&bridge.addresses, bridge.ranges);
+        Self::add_from(addresses, namespace, interface, chain, ranges, runtime)
     }
 
     /// The address of this family, without its length.
@@ -210,8 +248,6 @@ impl Drop for Attachment<'_> {
                 eprintln!("cannot take an interface back: {error:#}");
             }
         }
-        // It holds the directory until here.
-        let _ = self.addresses.path();
     }
 }
 
@@ -220,14 +256,17 @@ pub struct Bridge {
     /// Its name.
     pub name: &'static str,
     ranges: &'static [&'static str],
+    /// Which addresses are taken: a directory of the plug-in for addresses, which makes it.
+    addresses: PathBuf,
 }
 
 impl Bridge {
     /// One with IPv4 and IPv6.
-    pub const fn new() -> Self {
+    pub fn new() -> Self {
         Self {
             name: "e2ebr0",
             ranges: &["10.97.0.0/24", "fd97::/64"],
+            addresses: std::env::temp_dir().join(format!("e2e-addresses-{}", std::process::id())),
         }
     }
 }
@@ -235,6 +274,7 @@ impl Bridge {
 impl Drop for Bridge {
     fn drop(&mut self) {
         let _ = ip(&format!("link delete {}", self.name));
+        let _ = fs::remove_dir_all(&self.addresses);
     }
 }
 

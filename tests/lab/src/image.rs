@@ -47,6 +47,37 @@ const INSTALL_LIMIT: Duration = Duration::from_secs(30 * 60);
 /// How long one step over a local tree may take.
 const LOCAL_LIMIT: Duration = Duration::from_secs(10 * 60);
 
+/// An image for tests of what busybox does not have: Debian 13 with some packages.
+struct DebianImage {
+    name: &'static str,
+    packages: &'static [&'static str],
+    /// What is large in them and not needed.
+    without: &'static [&'static str],
+}
+
+const DEBIAN_IMAGES: [DebianImage; 3] = [
+    DebianImage {
+        name: "debian-dev",
+        packages: &["gcc", "libc6-dev", "python3"],
+        without: &[],
+    },
+    DebianImage {
+        name: "debian-docker",
+        packages: &["docker-cli", "docker.io", "e2fsprogs", "iptables", "mount"],
+        without: &[],
+    },
+    DebianImage {
+        name: "debian-services",
+        packages: &["apache2-utils", "nginx", "postgresql", "redis-server"],
+        // The libraries are for PostgreSQL's compiler, and the last one is a database.
+        without: &[
+            "usr/lib/x86_64-linux-gnu/libLLVM.so.19.1",
+            "usr/lib/x86_64-linux-gnu/libz3.so.4",
+            "var/lib/postgresql/17",
+        ],
+    },
+];
+
 /// The archive of `docker.io/library/busybox:latest`.
 const BUSYBOX_ARCHIVE: &str = "busybox.tar";
 
@@ -107,32 +138,42 @@ pub fn busybox_archive(cache: &Cache) -> Result<PathBuf, Error> {
     Ok(root_image(cache)?.join(BUSYBOX_ARCHIVE))
 }
 
-/// The OCI archive of `docker.io/library/debian-dev:latest`: Debian 13 with python3 and gcc.
-pub fn debian_dev_archive(cache: &Cache) -> Result<PathBuf, Error> {
-    const DEV_PACKAGES: [&str; 3] = ["gcc", "libc6-dev", "python3"];
+/// The OCI archive of `docker.io/library/NAME:latest`, an image of Debian for tests.
+pub fn debian_archive(cache: &Cache, name: &str) -> Result<PathBuf, Error> {
+    let known = DEBIAN_IMAGES.iter().find(|image| image.name == name);
+    let image = known.ok_or_else(|| Error::Missing {
+        what: format!("a recipe for the image {name}"),
+        hint: format!(
+            "there are {}",
+            DEBIAN_IMAGES.map(|image| image.name).join(", ")
+        ),
+    })?;
     tools::install_host_packages(tools::LAB_HOST_PACKAGES)?;
-    let inputs = DEV_PACKAGES.join(" ");
-    let entry = cache.entry("debian-dev", &[inputs.as_bytes(), RECIPE], |partial| {
+    let inputs = [image.packages, image.without].concat().join(" ");
+    let archive = format!("{name}.tar");
+    let entry = cache.entry(name, &[inputs.as_bytes(), RECIPE], |partial| {
         let root = partial.join("root");
-        debian(
-            &root,
-            &DEV_PACKAGES,
-            "Installing Debian for the image debian-dev",
-        )?;
-        let step = Step::start("Packing the image debian-dev");
-        write_archive(
-            &root,
-            &ImageConfig {
-                reference: "docker.io/library/debian-dev:latest",
-                command: &["/bin/bash"],
-            },
-            &partial.join("debian-dev.tar"),
-        )?;
+        let what = format!("Installing Debian for the image {name}");
+        debian(&root, image.packages, &what)?;
+        let step = Step::start(format!("Packing the image {name}"));
+        for path in image.without.iter().map(|path| root.join(path)) {
+            let metadata = fs::symlink_metadata(&path);
+            let removed = match metadata.map(|metadata| metadata.is_dir()) {
+                Ok(true) => fs::remove_dir_all(&path),
+                _ => fs::remove_file(&path),
+            };
+            removed.context(|| format!("remove {}", path.display()))?;
+        }
+        let config = ImageConfig {
+            reference: &format!("docker.io/library/{name}:latest"),
+            command: &["/bin/bash"],
+        };
+        write_archive(&root, &config, &partial.join(&archive))?;
         remove(&root)?;
         step.done();
         Ok(())
     })?;
-    Ok(entry.join("debian-dev.tar"))
+    Ok(entry.join(archive))
 }
 
 /// Takes the programs of Debian unstable's containerd and Docker, by way of a directory that is removed again.

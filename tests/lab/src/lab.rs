@@ -317,14 +317,14 @@ fn run(
     runtime.block_on(hub::supervise(state, options, machine, ready, stop))
 }
 
-/// Builds the Debian systems that labs and tests take from the cache, unless they are there. Mostly
-/// it waits for packages, so it goes well beside a build.
+/// Builds the Debian systems that every lab and most tests take from the cache, unless they are there.
+/// Mostly it waits for packages, so it goes well beside a build.
 pub fn prepare_images() -> Result<(), Error> {
     let cache = Cache::open()?;
     tools::install_host_packages(tools::LAB_HOST_PACKAGES)?;
     tools::qemu(&cache)?;
     image::root_image(&cache)?;
-    image::debian_dev_archive(&cache)?;
+    image::debian_archive(&cache, "debian-dev")?;
     Ok(())
 }
 

@@ -32,7 +32,7 @@ pub use cache::Cache;
 pub use client::{Client, Exec, ExecOutput, Input};
 pub use command::{run_logged, run_shown};
 pub use error::Error;
-pub use image::{busybox_archive, debian_dev_archive};
+pub use image::{busybox_archive, debian_archive};
 pub use lab::{Lab, LabOptions, LabState, prepare_images, serve};
 pub use protocol::Containerd;
 pub use step::Step;

@@ -8,6 +8,7 @@ mod check;
 mod configurations;
 mod crash;
 mod docker;
+mod docker_inside;
 mod docker_network;
 mod escapes;
 mod events;
@@ -23,6 +24,7 @@ mod outputs;
 mod parity;
 mod pods;
 mod roots;
+mod services;
 mod soak;
 
 use anyhow::Result;
@@ -35,11 +37,11 @@ pub struct Case {
     pub name: &'static str,
     /// It asks for something that only Bulkhead does.
     pub bulkhead_only: bool,
-    /// It needs the Debian image, which takes a minute to import.
-    pub debian: bool,
+    /// It needs this image beside busybox's: one of those of the lab that are built from Debian.
+    pub image: Option<&'static str>,
     /// It takes minutes.
     pub long: bool,
-    /// It does what another test does, more often: only run when asked for.
+    /// It takes long and asks for little that others do not: only run when asked for.
     pub soak: bool,
     /// Fails with everything that is needed to understand why.
     pub run: fn(&Setting) -> Result<()>,
@@ -47,8 +49,12 @@ pub struct Case {
 
 impl Case {
     const fn in_debian(self) -> Self {
+        self.with("debian-dev")
+    }
+
+    const fn with(self, image: &'static str) -> Self {
         Self {
-            debian: true,
+            image: Some(image),
             ..self
         }
     }
@@ -80,7 +86,7 @@ const fn case(name: &'static str, run: fn(&Setting) -> Result<()>) -> Case {
     Case {
         name,
         bulkhead_only: false,
-        debian: false,
+        image: None,
         long: false,
         soak: false,
         run,
@@ -92,7 +98,7 @@ const fn bulkhead(name: &'static str, run: fn(&Setting) -> Result<()>) -> Case {
     Case {
         name,
         bulkhead_only: true,
-        debian: false,
+        image: None,
         long: false,
         soak: false,
         run,
@@ -126,6 +132,8 @@ pub fn all() -> Vec<Case> {
         docker::cases(),
         docker_network::cases(),
         pods::cases(),
+        docker_inside::cases(),
+        services::cases(),
     ]
     .into_iter()
     .flatten()

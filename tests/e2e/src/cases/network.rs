@@ -17,7 +17,7 @@ use crate::network::{
 };
 
 /// Where containers answer.
-const PORT: u16 = 7000;
+pub const PORT: u16 = 7000;
 
 /// Where the host answers.
 const HOST_PORT: u16 = 7001;
@@ -175,7 +175,7 @@ impl Drop for Parent {
 }
 
 /// A container in a namespace that answers at [`PORT`].
-fn server(run: Run, namespace: &Namespace) -> Result<Foreground> {
+pub fn server(run: Run, namespace: &Namespace) -> Result<Foreground> {
     let container = run
         .with_probe()?
         .flags(&["--with-ns", &namespace.flag()])
@@ -195,14 +195,7 @@ fn traffic(setting: &Setting) -> Result<()> {
     let bridge = Bridge::new();
     let (one, other) = (Namespace::new()?, Namespace::new()?);
     let eth = Attachment::bridge(&one, "eth0", &bridge)?;
-    let _eth = {
-        // The same range, of which the first address is taken.
-        let attachment = Attachment::bridge(&other, "eth0", &bridge)?;
-        other.ip("addr flush dev eth0")?;
-        other.ip("addr add 10.97.0.201/24 dev eth0")?;
-        other.ip("addr add fd97::201/64 dev eth0 nodad")?;
-        attachment
-    };
+    let _other_eth = Attachment::bridge(&other, "eth0", &bridge)?;
     let container = server(setting.container(), &one)?;
     let address = |v6: bool| -> Result<SocketAddr> {
         let ip: IpAddr = eth.address(v6)?.parse()?;
