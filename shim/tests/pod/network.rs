@@ -384,10 +384,22 @@ pub async fn follows() {
         attribute(&address[8..], IFA_LOCAL),
         Some(&[10, 9, 0, 2][..])
     );
-    let [route] = &first["routes"].as_array().unwrap()[..] else {
-        panic!("not one route: {first}");
+    // Beside it the kernel has made one for the address of each family.
+    let routes: Vec<_> = first["routes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(bytes)
+        .collect();
+    let by_kernel = |route: &&Vec<u8>| route[5] == libc::RTPROT_KERNEL;
+    assert_eq!(routes.iter().filter(by_kernel).count(), 2);
+    let [route] = &routes
+        .iter()
+        .filter(|route| !by_kernel(route))
+        .collect::<Vec<_>>()[..]
+    else {
+        panic!("not one configured route: {first}");
     };
-    let route = bytes(route);
     assert_eq!(
         attribute(&route[12..], RTA_GATEWAY),
         Some(&[10, 9, 0, 1][..])
