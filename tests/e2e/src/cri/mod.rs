@@ -8,6 +8,7 @@ mod streams;
 
 use std::cell::Cell;
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use serde_json::{Value, json};
 
 use self::client::Client;
 pub use self::client::Refused;
-pub use self::streams::Streams;
+pub use self::streams::{Forwarded, Streams};
 use crate::command::DEADLINE;
 use crate::ctr::{self, ctr};
 
@@ -188,6 +189,19 @@ impl Pod<'_> {
         let request = json!({ "pod_sandbox_id": self.id });
         let mut answer = self.cri.call("PodSandboxStats", &request)?;
         Ok(answer["stats"].take())
+    }
+
+    /// The address by which others reach it.
+    pub fn address(&self) -> Result<IpAddr> {
+        let status = self.status()?;
+        Ok(text(&status["network"]["ip"])?.parse()?)
+    }
+
+    /// Connects with a port of it as `kubectl port-forward` does.
+    pub fn forward(&self, port: u16) -> Result<Forwarded> {
+        let request = json!({ "pod_sandbox_id": self.id, "port": [port] });
+        let answer = self.cri.call("PortForward", &request)?;
+        Forwarded::connect(&text(&answer["url"])?, port)
     }
 
     /// A directory on the host for a volume of it.

@@ -21,6 +21,64 @@ const STATUS: u8 = 3;
 /// Of the terminal.
 const SIZE: u8 = 4;
 
+fn connect(url: &str) -> Result<WebSocket<TcpStream>> {
+    let address = url.strip_prefix("http://").context("no HTTP")?;
+    let host = address.split('/').next().unwrap_or_default();
+    let stream = TcpStream::connect(host).with_context(|| format!("connect to {host}"))?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    let mut request = format!("ws://{address}").into_client_request()?;
+    let protocol = HeaderValue::from_static(PROTOCOL);
+    request
+        .headers_mut()
+        .insert("sec-websocket-protocol", protocol);
+    let connected = client(request, stream);
+    let (socket, _) = connected.map_err(|error| anyhow::anyhow!("{url}: {error}"))?;
+    Ok(socket)
+}
+
+/// A connection with a port of a pod, as `kubectl port-forward` has it: the first stream carries its
+/// bytes and the second an error, and each begins with the port
+/// (k8s.io/kubelet/pkg/cri/streaming/portforward).
+pub struct Forwarded(WebSocket<TcpStream>);
+
+impl Forwarded {
+    /// By an address that containerd has given out.
+    pub fn connect(url: &str, port: u16) -> Result<Self> {
+        let mut socket = connect(&format!("{url}?port={port}"))?;
+        for channel in [0, 1] {
+            let first = socket.read()?.into_data();
+            let expected = [&[channel], &port.to_le_bytes()[..]].concat();
+            ensure!(first == expected, "{first:?} came first");
+        }
+        Ok(Self(socket))
+    }
+
+    /// Sends bytes and waits for the same to come back.
+    pub fn echo(&mut self, bytes: &[u8]) -> Result<()> {
+        for block in bytes.chunks(30_000) {
+            let message = [&[0], block].concat();
+            self.0.send(Message::binary(message))?;
+        }
+        let mut back = Vec::new();
+        while back.len() < bytes.len() {
+            let message = self.0.read()?.into_data();
+            let (channel, rest) = message.split_first().context("an empty message")?;
+            ensure!(*channel == 0, "{}", String::from_utf8_lossy(rest));
+            back.extend_from_slice(rest);
+        }
+        ensure!(back == bytes, "other bytes came back");
+        Ok(())
+    }
+
+    /// Waits for the error.
+    pub fn error(&mut self) -> Result<String> {
+        let message = self.0.read()?.into_data();
+        let (channel, rest) = message.split_first().context("an empty message")?;
+        ensure!(*channel == 1, "bytes came from a closed port");
+        Ok(String::from_utf8_lossy(rest).into_owned())
+    }
+}
+
 /// The streams of a process that runs.
 pub struct Streams {
     socket: WebSocket<TcpStream>,
@@ -34,19 +92,8 @@ pub struct Streams {
 impl Streams {
     /// Connects to an address that containerd has given out.
     pub fn connect(url: &str) -> Result<Self> {
-        let address = url.strip_prefix("http://").context("no HTTP")?;
-        let host = address.split('/').next().unwrap_or_default();
-        let stream = TcpStream::connect(host).with_context(|| format!("connect to {host}"))?;
-        stream.set_read_timeout(Some(DEADLINE))?;
-        let mut request = format!("ws://{address}").into_client_request()?;
-        let protocol = HeaderValue::from_static(PROTOCOL);
-        request
-            .headers_mut()
-            .insert("sec-websocket-protocol", protocol);
-        let connected = client(request, stream);
-        let (socket, _) = connected.map_err(|error| anyhow::anyhow!("{url}: {error}"))?;
         Ok(Self {
-            socket,
+            socket: connect(url)?,
             out: String::new(),
             err: String::new(),
             status: None,

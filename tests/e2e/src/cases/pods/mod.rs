@@ -2,6 +2,7 @@
 
 mod life;
 mod limits;
+mod network;
 mod security;
 mod volumes;
 
@@ -12,6 +13,7 @@ pub fn cases() -> Vec<Case> {
         life::cases(),
         volumes::cases(),
         limits::cases(),
+        network::cases(),
         security::cases(),
     ]
     .into_iter()
