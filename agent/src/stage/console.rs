@@ -17,17 +17,14 @@ use super::{StageError, mounts, root::Root};
 /// `DEVPTS_SUPER_MAGIC`, include/uapi/linux/magic.h
 const DEVPTS_MAGIC: i64 = 0x1cd1;
 
-/// `O_LARGEFILE`, include/uapi/asm-generic/fcntl.h; 0 in the C library, whose files all are.
-const LARGEFILE: u32 = 0o100_000;
-
 /// Makes a terminal the controlling one and this process's streams, and returns its master.
 /// `bind_console` also shows it as `/dev/console`.
 pub fn open(size: (u16, u16), bind_console: bool, uid: u32) -> Result<OwnedFd, StageError> {
     let root = Root::own().map_err(StageError::system("open the root"))?;
     let master = open_master(&root).map_err(StageError::system("open /dev/pts/ptmx"))?;
     unlockpt(&master).map_err(StageError::system("unlock the terminal"))?;
-    // As open(2) opens a file, whose flags stay visible.
-    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::from_bits_retain(LARGEFILE);
+    // As runc opens it; the flags stay visible.
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let slave =
         ioctl_tiocgptpeer(&master, flags).map_err(StageError::system("open the terminal"))?;
     let window = Winsize {

@@ -16,13 +16,13 @@ use crate::network::{Attachment, Bridge, Namespace};
 const PORT: u16 = 7000;
 
 /// Bytes of a stream.
-const STREAM: u64 = 64 << 20;
+const STREAM: u64 = 16 << 20;
 
 /// Questions of one byte, each asked when the one before is answered.
-const QUESTIONS: u32 = 500;
+const QUESTIONS: u32 = 200;
 
 /// Connections, one after the other.
-const CONNECTIONS: u32 = 100;
+const CONNECTIONS: u32 = 50;
 
 /// What is measured, with its unit.
 const MEASURES: [(&str, &str); 4] = [

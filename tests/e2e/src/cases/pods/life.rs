@@ -104,12 +104,12 @@ fn come_and_go(setting: &Setting) -> Result<()> {
     let in_volume = |script: &str| {
         json!({
             "command": ["sh", "-c", script],
-            "mounts": [{ "host_path": volume, "container_path": "/work" }],
+            "mounts": [{ "host_path": volume, "container_path": "/volume" }],
         })
     };
     // Init containers, each after the last.
     for number in [1, 2] {
-        let script = format!("echo {number} >> /work/done; exit {number}");
+        let script = format!("echo {number} >> /volume/done; exit {number}");
         let member = pod.start(&format!("init-{number}"), &in_volume(&script))?;
         let status = member.ended()?;
         ensure!(status["exit_code"] == number, "{status}");
@@ -119,7 +119,7 @@ fn come_and_go(setting: &Setting) -> Result<()> {
 
     let sidecar = pod.start("sidecar", &json!({}))?;
     for attempt in 0..3 {
-        let mut config = in_volume("echo again >> /work/done; exit 7");
+        let mut config = in_volume("echo again >> /volume/done; exit 7");
         config["metadata"] = json!({ "name": "main", "attempt": attempt });
         let main = pod.start("main", &config)?;
         ensure!(main.ended()?["exit_code"] == 7);
