@@ -11,6 +11,7 @@ mod faults;
 mod lifecycle;
 mod machine;
 mod mounted;
+mod net;
 mod network;
 mod stuck;
 
