@@ -50,7 +50,7 @@ struct Test {
     image: Option<String>,
     /// It takes minutes.
     long: bool,
-    /// It does what another test does, more often.
+    /// It takes long and asks for little that others do not.
     soak: bool,
 }
 
@@ -60,7 +60,7 @@ pub struct Selection {
     /// Only the end-to-end tests, and of these the ones that match.
     #[arg(long)]
     pub e2e: Option<String>,
-    /// Also those that only do more often what others do.
+    /// Also those that take long and ask for little that others do not.
     #[arg(long)]
     pub soak: bool,
     /// With this containerd.

@@ -8,6 +8,7 @@ mod check;
 mod configurations;
 mod crash;
 mod docker;
+mod docker_inside;
 mod docker_network;
 mod escapes;
 mod events;
@@ -20,6 +21,7 @@ mod neighbours;
 mod network;
 mod outputs;
 mod parity;
+mod services;
 mod soak;
 
 use anyhow::Result;
@@ -36,7 +38,7 @@ pub struct Case {
     pub image: Option<&'static str>,
     /// It takes minutes.
     pub long: bool,
-    /// It does what another test does, more often: only run when asked for.
+    /// It takes long and asks for little that others do not: only run when asked for.
     pub soak: bool,
     /// Fails with everything that is needed to understand why.
     pub run: fn(&Setting) -> Result<()>,
@@ -124,6 +126,8 @@ pub fn all() -> Vec<Case> {
         soak::cases(),
         docker::cases(),
         docker_network::cases(),
+        docker_inside::cases(),
+        services::cases(),
     ]
     .into_iter()
     .flatten()

@@ -1,16 +1,21 @@
-//! Many clients at once, for long: nothing grows.
+//! Many clients or pods at once: nothing grows, and all get what one gets.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::thread;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::ttrpc::Code;
 use serde_json::{Value, json};
 
-use super::{Case, Setting, bulkhead};
-use crate::ctr::Container;
+use super::failures::Config;
+use super::network::{PORT, server};
+use super::{Case, Setting, bulkhead, case};
+use crate::ctr::{Container, Foreground, PROBE};
 use crate::host::{self, Pod};
+use crate::network::{Attachment, Bridge, Namespace, ask};
 use crate::shim::{Refused, Shim};
 
 const CONTAINERS: usize = 20;
@@ -33,7 +38,87 @@ pub fn cases() -> Vec<Case> {
             soak,
         )
         .soak(),
+        case(
+            "fifty pods on a network are up at once and each answers",
+            fifty,
+        )
+        .soak(),
     ]
+}
+
+const PODS: usize = 50;
+
+/// How many of them are started at once.
+const STARTERS: usize = 5;
+
+fn fifty(setting: &Setting) -> Result<()> {
+    // Fifty of the default size are more than the lab has.
+    let _config = Config::replace("memory_mib = 256\n")?;
+    let bridge = Bridge::new();
+    let namespaces: Vec<_> = (0..PODS).map(|_| Namespace::new()).collect::<Result<_>>()?;
+    let attach = |namespace| Attachment::bridge(namespace, "eth0", &bridge);
+    let attachments: Vec<_> = namespaces.iter().map(attach).collect::<Result<_>>()?;
+    let begun = Instant::now();
+    let mut pods = servers(setting, &namespaces)?;
+    println!("{PODS} pods are up after {:.0?}", begun.elapsed());
+
+    let mut addresses = Vec::new();
+    for attachment in &attachments {
+        let own = SocketAddr::new(attachment.address(false)?.parse()?, PORT);
+        ask(own, 1 << 18)?;
+        addresses.push(own);
+    }
+    // And among each other.
+    let neighbours = addresses.iter().cycle().skip(1);
+    for (pod, neighbour) in pods.iter().zip(neighbours).step_by(5) {
+        let words = [PROBE, "probe", "ask", &neighbour.to_string(), "100000"];
+        pod.container.exec(&[], &words)?.succeeds()?;
+    }
+    println!("all have answered after {:.0?}", begun.elapsed());
+
+    let (mut of_shims, mut of_others) = (0, 0);
+    for pod in &pods {
+        let pod = Pod::of(pod.container.id())?;
+        of_shims += host::pss_kib(pod.shim.pid)?;
+        for child in &pod.children {
+            of_others += host::pss_kib(child.pid)?;
+        }
+    }
+    let each = |kib| kib / PODS as u64;
+    println!(
+        "PSS of each: its shim {} KiB, the rest {} KiB",
+        each(of_shims),
+        each(of_others)
+    );
+
+    let begun = Instant::now();
+    for pod in &mut pods {
+        pod.client.close_stdin();
+    }
+    for pod in pods {
+        pod.finish()?.succeeds()?;
+    }
+    println!("all are gone after {:.0?}", begun.elapsed());
+    Ok(())
+}
+
+/// A server in each namespace, some started at once.
+fn servers(setting: &Setting, namespaces: &[Namespace]) -> Result<Vec<Foreground>> {
+    let start = |namespace: &Namespace| server(setting.container(), namespace);
+    thread::scope(|scope| {
+        let starters: Vec<_> = namespaces
+            .chunks(PODS / STARTERS)
+            .map(|share| scope.spawn(move || share.iter().map(start).collect::<Result<Vec<_>>>()))
+            .collect();
+        let mut all = Vec::new();
+        for starter in starters {
+            match starter.join() {
+                Ok(started) => all.extend(started?),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        Ok(all)
+    })
 }
 
 /// What a pod's processes have: memory in KiB and open descriptors.
