@@ -268,3 +268,42 @@ fn run_test(lab: &Lab, test: &Test, progress: &Mutex<Progress>) -> Result<bool> 
 fn lock(progress: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
     progress.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_given_to_one_lab_which_runs_the_tests_that_need_it() {
+        let test = |name: &str, image: Option<&str>| Test {
+            name: name.to_owned(),
+            image: image.map(str::to_owned),
+            long: false,
+            soak: false,
+        };
+        let mut progress = Progress {
+            waiting: vec![
+                test("plain", None),
+                test("first", Some("a")),
+                test("second", Some("a")),
+                test("other", Some("b")),
+            ],
+            images: HashMap::new(),
+            all: 4,
+            ended: 0,
+            failed: Vec::new(),
+        };
+        let mut next = |lab| {
+            let (test, missing) = progress.next(lab)?;
+            Some((test.name, missing))
+        };
+        let given =
+            |name: &str, image: Option<&str>| Some((name.to_owned(), image.map(str::to_owned)));
+        assert_eq!(next(0), given("first", Some("a")));
+        assert_eq!(next(1), given("other", Some("b")));
+        assert_eq!(next(1), given("plain", None));
+        assert_eq!(next(1), None);
+        assert_eq!(next(0), given("second", None));
+        assert_eq!(next(0), None);
+    }
+}
