@@ -43,7 +43,7 @@ pub fn cases() -> Vec<Case> {
 
 fn published(setting: &Setting) -> Result<()> {
     let docker = Docker::start_networked(&setting.runtime)?;
-    let server = docker.server(
+    let _server = docker.server(
         &setting.runtime,
         &["--name", "web", "-p", "8080:7000", "-p", "8080:7000/udp"],
     )?;
@@ -71,7 +71,6 @@ fn published(setting: &Setting) -> Result<()> {
     let partner = format!("{gateway}:8080");
     let client = docker.with_probe(RUNC, &["--rm"], &["ask", &partner, "1000"]);
     docker.docker(&client)?.succeeds()?;
-    drop(server);
     docker.end()
 }
 

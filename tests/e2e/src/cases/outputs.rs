@@ -44,7 +44,7 @@ fn left_by(runtime: &str, directory: &Path) -> Result<Vec<String>> {
     let logger = format!("binary://{}?first=one&second=two", path("logger"));
     let program = format!(
         "#!/bin/sh\nexec 6>&5 5>&-\n(cat <&3 >{0}/out) 6>&- & (cat <&4 >{0}/err) 6>&- &\n\
-         echo \"$@\" >{0}/arguments; echo $CONTAINER_NAMESPACE $CONTAINER_ID >{0}/names\n\
+         printf '%s %s\\n' \"$@\" | sort >{0}/arguments; echo $CONTAINER_NAMESPACE $CONTAINER_ID >{0}/names\n\
          echo >&6; exec 6>&-; wait; echo >{0}/done\n",
         directory.display()
     );
@@ -84,10 +84,11 @@ fn places(setting: &Setting) -> Result<()> {
     let (runc, tested) = (left(RUNC, "a")?, left(&setting.runtime, "b")?);
     ensure!(runc == tested, "runc: {runc:#?}\ntested: {tested:#?}");
     let everything = runc.concat();
+    // In any order, as Go's.
     for part in [
         "to stdout",
         "to stderr",
-        "first one second two",
+        "first one\nsecond two",
         "default ID",
     ] {
         ensure!(everything.contains(part), "no {part:?} in {runc:#?}");
