@@ -98,7 +98,7 @@ impl Cri {
     /// Runs a pod: the usual one with these changes to its `PodSandboxConfig`.
     pub fn pod(&self, changes: &Value) -> Result<Pod<'_>> {
         let number = self.number.replace(self.number.get() + 1);
-        let uid = format!("e2e-{}-{number}", std::process::id());
+        let uid = format!("e2e-{}-{}-{number}", self.handler, std::process::id());
         let directory = PathBuf::from(format!("/var/tmp/{uid}"));
         let parent = format!("{CGROUPS}/pod{uid}");
         let cgroup = Path::new("/sys/fs/cgroup").join(&parent[1..]);
