@@ -197,10 +197,27 @@ impl Containerd {
 
     /// Puts the container of a bundle into the network namespace at a path.
     pub fn set_network(&self, id: &str, path: &str) {
+        self.edit_spec(id, |spec| {
+            spec["linux"]["namespaces"][0]["path"] = path.into();
+        });
+    }
+
+    /// Mounts a directory in the container of a bundle, read-only.
+    pub fn add_mount(&self, id: &str, source: &Path) {
+        self.edit_spec(id, |spec| {
+            let mounts = spec["mounts"].as_array_mut().unwrap();
+            mounts.push(json!({
+                "destination": "/volume", "type": "bind", "source": source,
+                "options": ["rbind", "ro"],
+            }));
+        });
+    }
+
+    fn edit_spec(&self, id: &str, edit: impl FnOnce(&mut serde_json::Value)) {
         let config = self.bundle(id).join("config.json");
         let spec = fs::read_to_string(&config).unwrap();
         let mut spec: serde_json::Value = serde_json::from_str(&spec).unwrap();
-        spec["linux"]["namespaces"][0]["path"] = path.into();
+        edit(&mut spec);
         fs::write(config, spec.to_string()).unwrap();
     }
 

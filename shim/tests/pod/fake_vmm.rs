@@ -22,8 +22,9 @@ use bulkhead_agent_api::{
     AGENT_PORT, STREAM_PORT,
     messages::{
         ConnectRequest, ContainerRequest, CreateContainerRequest, Empty, ExecRequest, InfoRequest,
-        InfoResponse, NetworkRequest, OomRequest, OomResponse, ProcessRequest, ResizePtyRequest,
-        SignalRequest, StatsResponse, Stdio, UpdateRequest, WaitResponse,
+        InfoResponse, NetworkRequest, OomRequest, OomResponse, ProcessRequest, ReleaseRequest,
+        ResizePtyRequest, ShareRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
+        WaitResponse,
     },
     service::{Agent, create_agent},
 };
@@ -627,6 +628,24 @@ impl Agent for FakeAgent {
             stream.read_to_end(&mut said).await.unwrap();
             stream.write_all(&said).await.unwrap();
         });
+        Ok(Empty::new())
+    }
+
+    async fn refresh_mirror(&self, _: &TtrpcContext, _: ShareRequest) -> ttrpc::Result<Empty> {
+        self.steps.pass_async("RefreshMirror").await;
+        Ok(Empty::new())
+    }
+
+    async fn release_shares(
+        &self,
+        _: &TtrpcContext,
+        request: ReleaseRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.steps.pass_async("ReleaseShares").await;
+        for name in &request.shares {
+            let known = self.shares.lock().unwrap().contains_key(name);
+            assert!(known, "{name} is no share");
+        }
         Ok(Empty::new())
     }
 

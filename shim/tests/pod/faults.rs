@@ -15,6 +15,7 @@ use crate::{
     containerd::{Containerd, deadline, delete, start, wait, wait_gone},
     crashes::signal,
     lifecycle::{connect, exec, kill, shut_down},
+    net::Net,
 };
 
 /// More than any call takes when something has died.
@@ -66,10 +67,14 @@ pub fn matrix() -> impl Iterator<Item = Fault> {
         (Call::Create, "Connection"),
         (Call::Create, "Share"),
         (Call::Create, "CreateContainer"),
+        (Call::Start, "AttachNic"),
+        (Call::Start, "SetNetwork"),
         (Call::Start, "StartContainer"),
         (Call::Exec, "Exec"),
         (Call::Kill, "Signal"),
+        (Call::Delete, "DetachNic"),
         (Call::Delete, "Delete"),
+        (Call::Delete, "ReleaseShares"),
         (Call::Delete, "Unshare"),
     ];
     let victims = [
@@ -153,6 +158,8 @@ pub async fn survive(fault: Fault) {
     let Fault { victim, call, step } = fault;
     let (containerd, mut held) = Containerd::held_at(step).await;
     containerd.add_bundle("c1", None, &["sleep"]);
+    let net = Net::with_interface();
+    containerd.set_network("c1", &net.path());
     let (client, _) = containerd.start_shim("c1").await;
     let shim = connect(&client).await;
     let pending = begin(&containerd, &client, call).await;
@@ -203,6 +210,7 @@ pub async fn survive(fault: Fault) {
     if victim != Victim::Shim {
         // By itself, and containerd has been told.
         containerd.assert_nothing_left("c1");
+        net.assert_nothing_left();
         check_events(&containerd, fault);
     }
     let output = containerd.run_shim("c1", "delete", || Ok(()));
@@ -210,6 +218,7 @@ pub async fn survive(fault: Fault) {
     let answer = DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
     assert_eq!(answer.exit_status, 137, "{fault}");
     containerd.assert_nothing_left("c1");
+    net.assert_nothing_left();
     another_pod(&containerd).await;
 }
 

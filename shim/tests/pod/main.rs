@@ -100,12 +100,6 @@ fn single() -> Vec<Trial> {
             "a_shim_killed_before_its_vm_has_the_interface_is_cleaned_up_after",
             network::killed_half_way,
         ),
-        trial(
-            "a_network_that_is_never_answered_fails_the_start",
-            network::stuck,
-        )
-        // Other builds have their deadlines in full.
-        .with_ignored_flag(!cfg!(debug_assertions)),
         trial("ports_are_forwarded_from_localhost", network::ports),
         trial("names_are_asked_for_on_the_host", network::names),
         trial(

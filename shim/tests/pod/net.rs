@@ -103,6 +103,13 @@ impl Net {
         }
     }
 
+    /// With eth0 inside.
+    pub fn with_interface() -> Self {
+        let net = Self::new();
+        net.add_veth(&net.inside, "eth0", 1500);
+        net
+    }
+
     /// As a specification names it.
     pub fn path(&self) -> String {
         format!(

@@ -20,15 +20,13 @@ use tokio::{
     net::unix::pipe,
     time::timeout,
 };
-use ttrpc::Code;
 
 use crate::{
     containerd::{Containerd, deadline, delete, start, wait, wait_gone},
     crashes::signal,
     fake_vmm::{NETWORK, OPEN_PORT, QUESTIONS},
-    lifecycle::{code, connect, kill, shut_down},
+    lifecycle::{connect, kill, shut_down},
     net::*,
-    stuck::HASTE,
 };
 
 /// No event is this long on its way.
@@ -294,27 +292,6 @@ pub async fn killed_half_way() {
     assert!(output.status.success(), "{output:?}");
     net.assert_nothing_left();
     containerd.assert_nothing_left("pod");
-}
-
-pub async fn stuck() {
-    for (step, wanted) in [
-        ("AttachNic", Code::UNKNOWN),
-        ("SetNetwork", Code::DEADLINE_EXCEEDED),
-    ] {
-        let (mut containerd, _held) = Containerd::held_at(step).await;
-        containerd.haste = HASTE;
-        let net = Net::new();
-        net.add_veth(&net.inside, "eth0", 1500);
-        let (client, _) = create(&containerd, "pod", &net.path()).await;
-        let request = start("pod", "");
-        let started = timeout(LIMIT, client.start(deadline(), &request)).await;
-        let started = started.unwrap_or_else(|_| panic!("{step}: Start does not end"));
-        assert_eq!(code(started), wanted, "{step}");
-        net.assert_nothing_left();
-        client.delete(deadline(), &delete("pod", "")).await.unwrap();
-        shut_down(&client).await;
-        containerd.assert_nothing_left("pod");
-    }
 }
 
 pub async fn shared() {

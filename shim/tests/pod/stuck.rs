@@ -1,7 +1,18 @@
 //! Nobody waits for ever for a guest or a VMM that does not answer: each call of a container's life ends
 //! within a deadline, with a result or a status, and nothing is left afterwards.
 
-use std::{fmt::Debug, future::Future, time::Duration};
+use std::{
+    fmt::Debug,
+    fs,
+    future::Future,
+    io::{self, Read, Write},
+    net::{Ipv4Addr, Shutdown, TcpStream},
+    os::unix::fs::symlink,
+    path::PathBuf,
+    time::Duration,
+};
+
+use bulkhead_shim::network::namespace::Namespace;
 
 use containerd_shim_protos::{
     api::{ResizePtyRequest, StatsRequest},
@@ -15,7 +26,9 @@ use crate::{
     adjust::{pause, resume, update},
     containerd::{Containerd, deadline, delete, start, wait},
     crashes::signal,
+    fake_vmm::OPEN_PORT,
     lifecycle::{connect, exec, kill, shut_down, state},
+    net::Net,
 };
 
 /// The shim's deadlines are this many times shorter.
@@ -35,7 +48,7 @@ pub struct Stuck {
 /// What follows when the guest's container was never created.
 const NEVER_CREATED: &[&str] = &["create: DEADLINE_EXCEEDED"];
 
-pub const STUCK: [Stuck; 18] = [
+pub const STUCK: [Stuck; 24] = [
     // Steps of the VMM.
     Stuck {
         step: "Boot",
@@ -54,6 +67,14 @@ pub const STUCK: [Stuck; 18] = [
         failing: &[],
     },
     Stuck {
+        step: "AttachNic",
+        failing: &["start: UNKNOWN"],
+    },
+    Stuck {
+        step: "DetachNic",
+        failing: &[],
+    },
+    Stuck {
         step: "Counters",
         failing: &["create: UNKNOWN"],
     },
@@ -65,6 +86,10 @@ pub const STUCK: [Stuck; 18] = [
     Stuck {
         step: "CreateContainer",
         failing: NEVER_CREATED,
+    },
+    Stuck {
+        step: "SetNetwork",
+        failing: &["start: DEADLINE_EXCEEDED"],
     },
     Stuck {
         step: "StartContainer",
@@ -110,6 +135,18 @@ pub const STUCK: [Stuck; 18] = [
         step: "WaitForOom",
         failing: &[],
     },
+    Stuck {
+        step: "Connect",
+        failing: &["connection to a port"],
+    },
+    Stuck {
+        step: "RefreshMirror",
+        failing: &[],
+    },
+    Stuck {
+        step: "ReleaseShares",
+        failing: &[],
+    },
 ];
 
 /// The calls that have failed so far.
@@ -135,22 +172,73 @@ impl Calls {
             Err(error) => panic!("{name} has no status: {error}"),
         }
     }
+
+    /// A connection to a port is made, or reset in time.
+    fn port_dialled(&mut self, net: &Net) {
+        if let Err(error) = dial(&net.inside) {
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+            self.failed.push("connection to a port".into());
+        }
+    }
+}
+
+/// Asks something at a port of the container, by way of its namespace on the host.
+fn dial(inside: &Namespace) -> io::Result<()> {
+    let dialled = inside.enter(|| {
+        let mut connection =
+            TcpStream::connect((Ipv4Addr::LOCALHOST, OPEN_PORT.try_into().unwrap()))?;
+        connection.set_read_timeout(Some(LIMIT))?;
+        connection.write_all(b"?")?;
+        connection.shutdown(Shutdown::Write)?;
+        connection.read_exact(&mut [0])
+    });
+    dialled.unwrap()
 }
 
 /// A container's life with a step that is never answered.
 pub async fn never_answered(stuck: &Stuck) {
-    let (mut containerd, _held) = Containerd::held_at(stuck.step).await;
+    let (mut containerd, mut held) = Containerd::held_at(stuck.step).await;
     containerd.haste = HASTE;
     containerd.configure("boot_timeout = 5");
     containerd.add_bundle("c1", None, &["sleep"]);
+    let volume = ReplacedVolume::new(&containerd);
+    containerd.add_mount("c1", &volume.0);
+    let net = Net::with_interface();
+    containerd.set_network("c1", &net.path());
     let (client, _) = containerd.start_shim("c1").await;
     let mut calls = Calls::default();
-    live(&containerd, &client, &mut calls).await;
+    live(&containerd, &client, &net, &volume, &mut calls).await;
     assert_eq!(calls.failed, stuck.failing, "{} is stuck", stuck.step);
     finish(&containerd, &client).await;
+    held.reached().await;
+    net.assert_nothing_left();
 }
 
-async fn live(containerd: &Containerd, client: &TaskClient, calls: &mut Calls) {
+/// A volume as the kubelet makes them of config maps, which it replaces as a whole.
+struct ReplacedVolume(PathBuf);
+
+impl ReplacedVolume {
+    fn new(containerd: &Containerd) -> Self {
+        let volume = Self(containerd.directory.path().join("volume"));
+        fs::create_dir(&volume.0).unwrap();
+        volume.replace("..first");
+        volume
+    }
+
+    fn replace(&self, content: &str) {
+        fs::create_dir(self.0.join(content)).unwrap();
+        symlink(content, self.0.join("..new")).unwrap();
+        fs::rename(self.0.join("..new"), self.0.join("..data")).unwrap();
+    }
+}
+
+async fn live(
+    containerd: &Containerd,
+    client: &TaskClient,
+    net: &Net,
+    volume: &ReplacedVolume,
+    calls: &mut Calls,
+) {
     let mut request = containerd.create_request("c1");
     request.terminal = true;
     let create = client.create(deadline(), &request);
@@ -164,6 +252,8 @@ async fn live(containerd: &Containerd, client: &TaskClient, calls: &mut Calls) {
     let request = start("c1", "");
     let starting = client.start(deadline(), &request);
     if calls.made("start", starting).await.is_some() {
+        calls.port_dialled(net);
+        volume.replace("..second");
         use_running(client, calls).await;
         let request = kill("c1", "", SIGKILL);
         // With the pod, it may have ended already.

@@ -53,6 +53,22 @@ impl Namespace {
         Ok(namespace)
     }
 
+    /// Gives it an interface that is up, whose other end is on the host.
+    pub fn add_interface(&self, number: u8) -> Result<()> {
+        let (host, inside) = (format!("e2ev{number}"), format!("eth{number}"));
+        let own = &self.name;
+        ip(&format!(
+            "link add {host} type veth peer name {inside} netns {own}"
+        ))?;
+        self.ip(&format!("link set {inside} up"))?;
+        Ok(())
+    }
+
+    /// The interfaces in it, and what handles their packets.
+    pub fn look(&self) -> Result<String> {
+        Ok(self.ip("-br link")? + &self.tc("qdisc show")?)
+    }
+
     /// Its name, for `ip`.
     pub fn name(&self) -> &str {
         &self.name

@@ -11,6 +11,7 @@ use super::{Case, bulkhead};
 use crate::command::{Finished, Input, Running};
 use crate::ctr::{self, Container, Run};
 use crate::host::{self, Pod, StoppedContainerd};
+use crate::network::Namespace;
 use crate::residue::Snapshot;
 use crate::steps::{self, Step};
 
@@ -102,20 +103,24 @@ impl fmt::Display for Fault {
 }
 
 /// The steps of the calls, in their order.
-const STEPS: [(Call, &str); 8] = [
+const STEPS: [(Call, &str); 11] = [
     (Call::Create, "Boot"),
     (Call::Create, "Share"),
     (Call::Create, "CreateContainer"),
+    (Call::Start, "AttachNic"),
+    (Call::Start, "SetNetwork"),
     (Call::Start, "StartContainer"),
     (Call::Exec, "Exec"),
     (Call::Kill, "Signal"),
+    (Call::Delete, "DetachNic"),
     (Call::Delete, "Delete"),
     (Call::Delete, "Unshare"),
 ];
 
 /// One moment of each call, which are tried each time.
-const SAMPLE: [(&str, bool); 5] = [
+const SAMPLE: [(&str, bool); 6] = [
     ("CreateContainer", false),
+    ("AttachNic", true),
     ("StartContainer", true),
     ("Exec", false),
     ("Signal", false),
@@ -173,12 +178,17 @@ fn survive_all(faults: impl Iterator<Item = Fault>) -> Result<()> {
 fn survive(fault: Fault) -> Result<()> {
     let before = Snapshot::take()?;
     let Fault { victim, call, .. } = fault;
+    let namespace = Namespace::new()?;
+    namespace.add_interface(0)?;
+    let outside = namespace.look()?;
     let step = Step::hold(&format!(
         "{}{}",
         fault.step,
         if fault.answered { "-answered" } else { "" }
     ))?;
-    let started = Run::new(steps::SHIM).spawn(&["sh", "-c", "echo ready; exec sleep 100000"])?;
+    let started = Run::new(steps::SHIM)
+        .flags(&["--with-ns", &namespace.flag()])
+        .spawn(&["sh", "-c", "echo ready; exec sleep 100000"])?;
     let container = started.container;
     let mut clients = vec![("ctr run", started.client)];
     clients.extend(begin(call, &container, &clients[0].1)?);
@@ -205,6 +215,9 @@ fn survive(fault: Fault) -> Result<()> {
         check_end(fault, name, &done)?;
     }
     drop(container);
+    let left = namespace.look()?;
+    ensure!(left == outside, "left: {left}\nbefore: {outside}");
+    drop(namespace);
     before.nothing_new(Snapshot::take)
 }
 

@@ -14,7 +14,7 @@ use crate::command::Input;
 use crate::ctr::{Foreground, PROBE, RUNC, Run, ctr};
 use crate::host::{self, Pod};
 use crate::network::{
-    Attachment, Bridge, GATEWAY, GATEWAY6, Namespace, ask, ask_datagrams, echo, enter, ip, tc,
+    Attachment, Bridge, GATEWAY, GATEWAY6, Namespace, ask, ask_datagrams, echo, enter, ip,
 };
 
 /// Where containers answer.
@@ -394,13 +394,9 @@ fn nothing_left(setting: &Setting) -> Result<()> {
     let bridge = Bridge::new();
     let namespace = Namespace::new()?;
     let eth = Attachment::bridge(&namespace, "eth0", &bridge)?;
-    let look = || -> Result<_> { Ok((namespace.ip("-br link")?, namespace.tc("qdisc show")?)) };
-    let before = look()?;
-    let clean = |who: &str| -> Result<()> {
-        let now = look()?;
-        ensure!(now == before, "after {who}: {now:?}\nbefore: {before:?}");
-        Ok(())
-    };
+    let before = namespace.look()?;
+    let clean =
+        |who: &str| same(&namespace.look()?, &before).with_context(|| format!("after {who}"));
     for victim in ["nobody", "bulkhead-vmm", "bulkhead-anchor", "shim"] {
         let container = server(setting.container(), &namespace)?;
         ask(SocketAddr::new(eth.address(false)?.parse()?, PORT), 1 << 16)?;
@@ -454,13 +450,8 @@ fn rate_limits(setting: &Setting) -> Result<()> {
 
 fn too_many(setting: &Setting) -> Result<()> {
     let namespace = Namespace::new()?;
-    let own = namespace.name();
     for number in 0..9 {
-        let (host, inside) = (format!("e2ev{number}"), format!("eth{number}"));
-        ip(&format!(
-            "link add {host} type veth peer name {inside} netns {own}"
-        ))?;
-        namespace.ip(&format!("link set {inside} up"))?;
+        namespace.add_interface(number)?;
     }
     let refused = setting
         .container()
@@ -470,7 +461,7 @@ fn too_many(setting: &Setting) -> Result<()> {
         refused.code() == 1 && refused.err().contains("8 "),
         "{refused}"
     );
-    let left = tc(&format!("-n {own} qdisc show"))?;
+    let left = namespace.tc("qdisc show")?;
     ensure!(
         !left.contains("ingress") && !left.contains("clsact"),
         "{left}"
