@@ -321,7 +321,7 @@ proptest! {
                 prop_assert!(!value.contains('\n'), "{}", value);
             }
             let rules = resources.devices().as_deref().unwrap_or_default();
-            prop_assert!(!devices_bpf::program(rules).is_empty());
+            prop_assert!(!devices_bpf::program(rules).code().is_empty());
         }
         if let Some(seccomp) = linux.seccomp() {
             let _ = Filter::compile(seccomp);

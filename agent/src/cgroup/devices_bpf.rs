@@ -5,21 +5,14 @@
 //! the request what each allows, until nothing is left (allowed), a rule denies some of what is
 //! left, or the rules are at their end (denied).
 
-use std::{
-    io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
-};
+use std::os::fd::OwnedFd;
 
+use bulkhead_bpf::{Kind, Program, Size, attach_to_cgroup};
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 use super::CgroupError;
 
 // include/uapi/linux/bpf.h
-const PROG_LOAD: libc::c_int = 5;
-const PROG_ATTACH: libc::c_int = 8;
-const PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-const ATTACH_CGROUP_DEVICE: u32 = 6;
-const F_ALLOW_MULTI: u32 = 2;
 const DEV_BLOCK: i32 = 1;
 const DEV_CHAR: i32 = 2;
 const ACCESS_MKNOD: i32 = 1;
@@ -27,51 +20,12 @@ const ACCESS_READ: i32 = 2;
 const ACCESS_WRITE: i32 = 4;
 const ACCESS_ALL: i32 = 7;
 
-const MOV64_IMM: u8 = 0xb7;
-const LDX_W: u8 = 0x61;
-const MOV32_REG: u8 = 0xbc;
-const AND32_IMM: u8 = 0x54;
-const RSH32_IMM: u8 = 0x74;
-const JEQ_IMM: u8 = 0x15;
-const JNE_IMM: u8 = 0x55;
-const EXIT: u8 = 0x95;
-
 const CONTEXT: u8 = 1;
 const KIND: u8 = 2;
 const ACCESS: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 const SCRATCH: u8 = 6;
-const RESULT: u8 = 0;
-
-/// `struct bpf_insn`, little-endian as the guest is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C)]
-pub struct Instruction {
-    code: u8,
-    /// Destination in the low half, source in the high one.
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
-
-const fn op(code: u8, destination: u8, immediate: i32) -> Instruction {
-    Instruction {
-        code,
-        registers: destination,
-        offset: 0,
-        immediate,
-    }
-}
-
-const fn jump(code: u8, register: u8, immediate: i32, offset: i16) -> Instruction {
-    Instruction {
-        code,
-        registers: register,
-        offset,
-        immediate,
-    }
-}
 
 /// A rule as the program tests it; `None` matches everything.
 #[derive(Clone, Copy, Debug)]
@@ -100,60 +54,39 @@ const DEFAULT_ALLOWED: [(i32, Option<i32>, Option<i32>, i32); 11] = [
 ];
 
 /// The program for the rules of a spec.
-pub fn program(rules: &[LinuxDeviceCgroup]) -> Vec<Instruction> {
+pub fn program(rules: &[LinuxDeviceCgroup]) -> Program {
+    let mut program = Program::default();
     // struct bpf_cgroup_dev_ctx { u32 access_type; u32 major; u32 minor; }, the access in the
     // upper half of access_type.
-    let load = |register: u8, offset: i16| Instruction {
-        code: LDX_W,
-        registers: register | CONTEXT << 4,
-        offset,
-        immediate: 0,
-    };
-    let copy = |to: u8, from: u8| Instruction {
-        code: MOV32_REG,
-        registers: to | from << 4,
-        offset: 0,
-        immediate: 0,
-    };
-    let mut code = vec![
-        load(ACCESS, 0),
-        copy(KIND, ACCESS),
-        op(AND32_IMM, KIND, 0xffff),
-        op(RSH32_IMM, ACCESS, 16),
-        load(MAJOR, 4),
-        load(MINOR, 8),
-    ];
+    program
+        .load(Size::Word, ACCESS, CONTEXT, 0)
+        .copy(KIND, ACCESS)
+        .and(KIND, 0xffff)
+        .shift_right(ACCESS, 16)
+        .load(Size::Word, MAJOR, CONTEXT, 4)
+        .load(Size::Word, MINOR, CONTEXT, 8);
     for rule in all_rules(rules).iter().rev() {
-        // Rules are short, so the offset of a jump over one fits.
-        let body = match rule.allow {
-            true => vec![
-                op(AND32_IMM, ACCESS, ACCESS_ALL & !rule.access),
-                jump(JNE_IMM, ACCESS, 0, 2),
-                op(MOV64_IMM, RESULT, 1),
-                op(EXIT, 0, 0),
-            ],
-            false => vec![
-                copy(SCRATCH, ACCESS),
-                op(AND32_IMM, SCRATCH, rule.access),
-                jump(JEQ_IMM, SCRATCH, 0, 2),
-                op(MOV64_IMM, RESULT, 0),
-                op(EXIT, 0, 0),
-            ],
-        };
         let tests = [(KIND, rule.kind), (MAJOR, rule.major), (MINOR, rule.minor)];
-        let tests: Vec<(u8, i32)> = tests
-            .into_iter()
-            .filter_map(|(register, value)| value.map(|value| (register, value)))
-            .collect();
-        let mut skip = i16::try_from(tests.len() + body.len()).unwrap_or(i16::MAX);
         for (register, value) in tests {
-            skip -= 1;
-            code.push(jump(JNE_IMM, register, value, skip));
+            if let Some(value) = value {
+                program.if_not(register, value, "next rule");
+            }
         }
-        code.extend(body);
+        match rule.allow {
+            true => program
+                .and(ACCESS, ACCESS_ALL & !rule.access)
+                .if_not(ACCESS, 0, "next rule")
+                .exit_with(1),
+            false => program
+                .copy(SCRATCH, ACCESS)
+                .and(SCRATCH, rule.access)
+                .if_equal(SCRATCH, 0, "next rule")
+                .exit_with(0),
+        };
+        program.label("next rule");
     }
-    code.extend([op(MOV64_IMM, RESULT, 0), op(EXIT, 0, 0)]);
-    code
+    program.exit_with(0);
+    program
 }
 
 fn all_rules(rules: &[LinuxDeviceCgroup]) -> Vec<Rule> {
@@ -204,78 +137,12 @@ fn access(letters: &str) -> i32 {
     }
 }
 
-/// Head of `union bpf_attr` for `BPF_PROG_LOAD`.
-#[repr(C)]
-struct LoadAttributes {
-    program_type: u32,
-    instruction_count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log: u64,
-    kernel_version: u32,
-    flags: u32,
-    name: [u8; 16],
-    interface: u32,
-    expected_attach_type: u32,
-}
-
-/// Head of `union bpf_attr` for `BPF_PROG_ATTACH`.
-#[repr(C)]
-struct AttachAttributes {
-    target: i32,
-    program: i32,
-    attach_type: u32,
-    flags: u32,
-}
-
 /// Loads the program and attaches it to a cgroup, which then owns it.
-pub fn attach(cgroup: &OwnedFd, program: &[Instruction]) -> Result<(), CgroupError> {
+pub fn attach(cgroup: &OwnedFd, program: &Program) -> Result<(), CgroupError> {
     let failed = |what| move |source| CgroupError::Devices { what, source };
-    let mut load = LoadAttributes {
-        program_type: PROG_TYPE_CGROUP_DEVICE,
-        instruction_count: u32::try_from(program.len()).unwrap_or(u32::MAX),
-        instructions: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        log_level: 0,
-        log_size: 0,
-        log: 0,
-        kernel_version: 0,
-        flags: 0,
-        name: *b"bulkhead_devices",
-        interface: 0,
-        expected_attach_type: ATTACH_CGROUP_DEVICE,
-    };
-    // Ends with a NUL, as the kernel asks.
-    load.name[15] = 0;
-    // SAFETY: the attributes point to the program and the licence, which outlive the call.
-    let loaded = unsafe { bpf(PROG_LOAD, &raw const load) }.map_err(failed("load"))?;
-    // SAFETY: a successful load returns a new descriptor that nothing else owns.
-    let loaded = unsafe { OwnedFd::from_raw_fd(loaded) };
-    let attach = AttachAttributes {
-        target: cgroup.as_raw_fd(),
-        program: loaded.as_raw_fd(),
-        attach_type: ATTACH_CGROUP_DEVICE,
-        flags: F_ALLOW_MULTI,
-    };
-    // SAFETY: the attributes hold two open descriptors and no pointer.
-    unsafe { bpf(PROG_ATTACH, &raw const attach) }.map_err(failed("attach"))?;
-    Ok(())
-}
-
-/// bpf(2).
-///
-/// # Safety
-///
-/// `attributes` must be a prefix of `union bpf_attr` as `command` reads it.
-unsafe fn bpf<T>(command: libc::c_int, attributes: *const T) -> io::Result<i32> {
-    // SAFETY: the caller vouches for the attributes; the kernel reads `size` bytes of them.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    i32::try_from(result).map_err(io::Error::other)
+    let loaded = program.to_kernel(Kind::Devices, "bulkhead_devices");
+    let loaded = loaded.map_err(failed("load"))?;
+    attach_to_cgroup(&loaded, cgroup, Kind::Devices).map_err(failed("attach"))
 }
 
 #[cfg(test)]
@@ -284,16 +151,26 @@ mod tests {
 
     use super::*;
 
+    // Documentation/bpf/standardization/instruction-set.rst
+    const LOAD_WORD: u8 = 0x61;
+    const COPY: u8 = 0xbf;
+    const SET: u8 = 0xb7;
+    const AND: u8 = 0x57;
+    const SHIFT_RIGHT: u8 = 0x77;
+    const IF_EQUAL: u8 = 0x15;
+    const IF_NOT: u8 = 0x55;
+    const EXIT: u8 = 0x95;
+
     /// Runs a program as the kernel would.
-    fn run(code: &[Instruction], kind: i32, access: i32, major: i32, minor: i32) -> bool {
+    fn run(program: &Program, kind: i32, access: i32, major: i32, minor: i32) -> bool {
         let mut registers = [0i32; 11];
         let mut at = 0usize;
         loop {
-            let i = code[at];
+            let i = program.code()[at];
             let (to, from) = (usize::from(i.registers & 15), usize::from(i.registers >> 4));
             at += 1;
             let jumps = match i.code {
-                LDX_W => {
+                LOAD_WORD => {
                     registers[to] = match i.offset {
                         0 => access << 16 | kind,
                         4 => major,
@@ -301,24 +178,24 @@ mod tests {
                     };
                     false
                 }
-                MOV32_REG => {
+                COPY => {
                     registers[to] = registers[from];
                     false
                 }
-                MOV64_IMM => {
+                SET => {
                     registers[to] = i.immediate;
                     false
                 }
-                AND32_IMM => {
+                AND => {
                     registers[to] &= i.immediate;
                     false
                 }
-                RSH32_IMM => {
+                SHIFT_RIGHT => {
                     registers[to] >>= i.immediate;
                     false
                 }
-                JEQ_IMM => registers[to] == i.immediate,
-                JNE_IMM => registers[to] != i.immediate,
+                IF_EQUAL => registers[to] == i.immediate,
+                IF_NOT => registers[to] != i.immediate,
                 EXIT => return registers[0] == 1,
                 code => panic!("instruction {code:#x}"),
             };
@@ -328,7 +205,7 @@ mod tests {
         }
     }
 
-    fn rules(rules: serde_json::Value) -> Vec<Instruction> {
+    fn rules(rules: serde_json::Value) -> Program {
         program(&serde_json::from_value::<Vec<LinuxDeviceCgroup>>(rules).unwrap())
     }
 

@@ -11,7 +11,6 @@
 //! anything by itself. Containers of a pod that are in the same namespace have one network together,
 //! which ends with the last of them.
 
-mod bpf;
 pub mod namespace;
 pub mod netlink;
 pub mod ports;

@@ -14,6 +14,7 @@ use std::{
 };
 
 use bulkhead_agent_api::messages::ConnectRequest;
+use bulkhead_bpf::{FRAME, Kind, Program, Size};
 use tokio::{
     io::copy_bidirectional,
     net::{self, TcpStream, UnixStream},
@@ -22,11 +23,7 @@ use tokio::{
 };
 use ttrpc::Code;
 
-use super::{
-    Members, Task,
-    bpf::{self, ATTACH_SK_LOOKUP, FRAME, Program, SK_LOOKUP, Size},
-    namespace::Namespace,
-};
+use super::{Members, Task, namespace::Namespace};
 use crate::{
     agent_client::{AgentClient, AgentError},
     deadline::timeout,
@@ -105,12 +102,12 @@ impl Ports {
 
 /// Leads connections to the listeners: the first one is IPv4's, the second one IPv6's.
 fn attach(namespace: &std::fs::File, listeners: &[TcpListener]) -> io::Result<OwnedFd> {
-    let map = bpf::socket_map(2)?;
+    let map = bulkhead_bpf::socket_map(2)?;
     for (key, listener) in (0..).zip(listeners) {
-        bpf::put_socket(&map, key, listener)?;
+        bulkhead_bpf::put_socket(&map, key, listener)?;
     }
-    let program = program(&map).load_as(SK_LOOKUP, ATTACH_SK_LOOKUP, "bulkhead_ports")?;
-    bpf::attach(&program, namespace, ATTACH_SK_LOOKUP)
+    let program = program(&map).to_kernel(Kind::Sockets, "bulkhead_ports")?;
+    bulkhead_bpf::attach(&program, namespace, Kind::Sockets)
 }
 
 fn program(map: &OwnedFd) -> Program {

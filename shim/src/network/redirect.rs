@@ -11,8 +11,9 @@
 
 use std::{io, os::fd::AsRawFd};
 
+use bulkhead_bpf::{FRAME, Kind, Program, Size};
+
 use super::{
-    bpf::{FRAME, Program, SCHED_CLS, Size},
     netlink::{CREATE, Netlink, Payload, attribute, number32, text},
     tap,
 };
@@ -207,7 +208,7 @@ fn remove_queue(netlink: &Netlink, interface: u32) -> io::Result<()> {
 }
 
 fn add_filter(netlink: &Netlink, interface: u32, program: &Program, name: &str) -> io::Result<()> {
-    let program = program.load_as(SCHED_CLS, 0, "bulkhead_nic")?;
+    let program = program.to_kernel(Kind::Packets, "bulkhead_nic")?;
     let options = Payload::default()
         .with(TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes())
         .with_text(TCA_BPF_NAME, name)

@@ -25,11 +25,6 @@ pub fn ip(words: &str) -> Result<String> {
     run("ip", words)?.succeeds()
 }
 
-/// Runs `tc` with these words.
-pub fn tc(words: &str) -> Result<String> {
-    run("tc", words)?.succeeds()
-}
-
 fn run(program: &str, words: &str) -> Result<Finished> {
     let mut command = Command::new(program);
     command.args(words.split_whitespace());
@@ -91,7 +86,7 @@ impl Namespace {
 
     /// `tc` in it.
     pub fn tc(&self, words: &str) -> Result<String> {
-        tc(&format!("-n {} {words}", self.name))
+        run("tc", &format!("-n {} {words}", self.name))?.succeeds()
     }
 
     /// Does something in it, on a thread of its own.
