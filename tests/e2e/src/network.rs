@@ -201,6 +201,20 @@ impl<'n> Attachment<'n> {
         Self::bridge_and(vec![portmap], namespace, interface, bridge, &runtime)
     }
 
+    /// As [`Attachment::bridge`], held to so many bits a second each way, after a burst of as many.
+    pub fn limited(
+        namespace: &'n Namespace,
+        interface: &'static str,
+        bridge: &Bridge,
+        rate: u64,
+    ) -> Result<Self> {
+        let bandwidth = json!({ "type": "bandwidth", "capabilities": { "bandwidth": true } });
+        let runtime = json!({ "bandwidth": {
+            "ingressRate": rate, "ingressBurst": rate, "egressRate": rate, "egressBurst": rate,
+        } });
+        Self::bridge_and(vec![bandwidth], namespace, interface, bridge, &runtime)
+    }
+
     fn bridge_and(
         others: Vec<Value>,
         namespace: &'n Namespace,

@@ -51,6 +51,10 @@ pub fn cases() -> Vec<Case> {
             nothing_left,
         ),
         bulkhead("a container's interfaces keep to their rates", rate_limits),
+        case(
+            "an interface keeps to the bandwidth that CNI gives it",
+            bandwidth,
+        ),
         bulkhead("more interfaces than a VM can have are refused", too_many),
     ]
 }
@@ -438,6 +442,21 @@ fn rate_limits(setting: &Setting) -> Result<()> {
         setting.container().flags(&["--annotation", &annotation]),
         &namespace,
     )?;
+    takes_two_seconds(&eth)?;
+    stop(container)
+}
+
+/// As the kubelet has it from the annotations `kubernetes.io/ingress-bandwidth` and `egress-bandwidth`.
+fn bandwidth(setting: &Setting) -> Result<()> {
+    let bridge = Bridge::new();
+    let namespace = Namespace::new()?;
+    let eth = Attachment::limited(&namespace, "eth0", &bridge, 8 * RATE)?;
+    let container = server(setting.container(), &namespace)?;
+    takes_two_seconds(&eth)?;
+    stop(container)
+}
+
+fn takes_two_seconds(eth: &Attachment<'_>) -> Result<()> {
     let begun = Instant::now();
     ask(
         SocketAddr::new(eth.address(false)?.parse()?, PORT),
@@ -445,7 +464,7 @@ fn rate_limits(setting: &Setting) -> Result<()> {
     )?;
     let took = begun.elapsed();
     ensure!(took >= Duration::from_secs(2), "it took {took:?}");
-    stop(container)
+    Ok(())
 }
 
 fn too_many(setting: &Setting) -> Result<()> {

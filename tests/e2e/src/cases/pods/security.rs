@@ -1,5 +1,6 @@
 //! Rights of pods: users, privileges, and namespaces of the host.
 
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
@@ -16,6 +17,7 @@ pub fn cases() -> Vec<Case> {
             rights,
         ),
         case("a pod may have users of its own", users),
+        case("a pod's sysctls hold in all of its containers", sysctls),
         bulkhead(
             "a privileged pod has all rights inside its VM alone",
             privileged,
@@ -98,6 +100,28 @@ fn users(setting: &Setting) -> Result<()> {
         }
     }
     drop((first, second));
+    drop(pod);
+    cri.end()
+}
+
+fn sysctls(setting: &Setting) -> Result<()> {
+    let cri = Cri::new(&setting.runtime)?;
+    let set = [
+        ("kernel.shm_rmid_forced", "1"),
+        ("net.core.somaxconn", "77"),
+        ("net.ipv4.ip_local_port_range", "40000\t40100"),
+        ("net.ipv4.ip_unprivileged_port_start", "80"),
+        ("net.ipv4.tcp_syncookies", "0"),
+    ];
+    let values = HashMap::from(set);
+    let pod = cri.pod(&json!({ "linux": { "sysctls": values } }))?;
+    for name in ["first", "second"] {
+        let member = pod.start(name, &json!({}))?;
+        for (name, value) in set {
+            let said = member.says(&format!("sysctl -n {name}"))?;
+            ensure!(said == value, "{name} is {said}");
+        }
+    }
     drop(pod);
     cri.end()
 }
