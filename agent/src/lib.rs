@@ -7,6 +7,7 @@
 mod apparmor;
 mod boot;
 pub mod cgroup;
+mod clock;
 mod container;
 mod error;
 mod log;

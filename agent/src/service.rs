@@ -9,9 +9,10 @@ use std::{
 use async_trait::async_trait;
 use bulkhead_agent_api::{
     messages::{
-        ConnectRequest, ContainerRequest, CreateContainerRequest, Empty, ExecRequest, InfoRequest,
-        InfoResponse, NetworkRequest, OomRequest, OomResponse, ProcessRequest, ReleaseRequest,
-        ResizePtyRequest, ShareRequest, SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
+        AdjustClockRequest, AdjustClockResponse, ConnectRequest, ContainerRequest,
+        CreateContainerRequest, Empty, ExecRequest, InfoRequest, InfoResponse, NetworkRequest,
+        OomRequest, OomResponse, ProcessRequest, ReleaseRequest, ResizePtyRequest, ShareRequest,
+        SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
     },
     service::Agent,
 };
@@ -20,7 +21,7 @@ use ttrpc::asynchronous::TtrpcContext;
 use oci_spec::runtime::LinuxNamespaceType;
 
 use crate::{
-    boot,
+    boot, clock,
     container::{Container, share_path},
     error::ServiceError,
     neighbours::{Neighbours, Networks},
@@ -340,5 +341,17 @@ impl Agent for Service {
         })
         .await?;
         Ok(Empty::default())
+    }
+
+    async fn adjust_clock(
+        &self,
+        _: &TtrpcContext,
+        request: AdjustClockRequest,
+    ) -> ttrpc::Result<AdjustClockResponse> {
+        clock::adjust(request.offset_ns).map_err(ServiceError::system("move the clock"))?;
+        Ok(AdjustClockResponse {
+            now_ns: clock::now(),
+            ..AdjustClockResponse::default()
+        })
     }
 }

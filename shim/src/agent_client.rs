@@ -7,9 +7,9 @@ use std::{
 
 use bulkhead_agent_api::{
     messages::{
-        ConnectRequest, ContainerRequest, CreateContainerRequest, ExecRequest, InfoRequest,
-        InfoResponse, NetworkRequest, OomRequest, ProcessRequest, ReleaseRequest, ResizePtyRequest,
-        ShareRequest, SignalRequest, StatsResponse, UpdateRequest,
+        AdjustClockRequest, ConnectRequest, ContainerRequest, CreateContainerRequest, ExecRequest,
+        InfoRequest, InfoResponse, NetworkRequest, OomRequest, ProcessRequest, ReleaseRequest,
+        ResizePtyRequest, ShareRequest, SignalRequest, StatsResponse, UpdateRequest,
     },
     service::AgentClient as Service,
 };
@@ -246,6 +246,18 @@ impl AgentClient {
     pub async fn connect(&self, request: &ConnectRequest) -> Result<(), AgentError> {
         let answer = self.service.connect(Context::default(), request);
         call("Connect", QUICK_DEADLINE, answer).await.map(drop)
+    }
+
+    /// Moves the guest's clock by so many nanoseconds, and returns what it is then, in nanoseconds since
+    /// the epoch.
+    pub async fn adjust_clock(&self, offset_ns: i64) -> Result<u64, AgentError> {
+        let request = AdjustClockRequest {
+            offset_ns,
+            ..AdjustClockRequest::default()
+        };
+        let answer = self.service.adjust_clock(Context::default(), &request);
+        let answer = call("AdjustClock", QUICK_DEADLINE, answer).await?;
+        Ok(answer.now_ns)
     }
 
     /// Sets a container up. `hooks` is how long its hooks in the guest may take.

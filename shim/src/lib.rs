@@ -22,6 +22,7 @@ pub mod assembly;
 pub mod cgroup;
 pub mod check;
 pub mod child;
+mod clock;
 pub mod config;
 pub mod container;
 pub mod creation;

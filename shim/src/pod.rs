@@ -27,6 +27,7 @@ use crate::{
     agent_client::{AgentClient, AgentError},
     cgroup::{Cgroup, CgroupError},
     child::Reaper,
+    clock,
     config::{Config, ConfigError},
     deadline::timeout,
     ids::{IdClaim, IdError},
@@ -276,6 +277,7 @@ impl Pod {
                         self.timeline.reached(Phase::AgentReady);
                         let agent = AgentClient::new(stream);
                         tokio::spawn(self.clone().measure(agent.clone()));
+                        tokio::spawn(clock::follow(agent.clone()));
                         self.state.send_replace(State::Ready(agent));
                     }
                     Some(Notice::Connection { port: STREAM_PORT, stream }) if !booting => {

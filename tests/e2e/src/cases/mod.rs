@@ -5,6 +5,7 @@ mod apparmor;
 mod apps;
 mod basic;
 mod check;
+mod clock;
 mod configurations;
 mod crash;
 mod docker;
@@ -110,6 +111,7 @@ pub fn all() -> Vec<Case> {
     [
         basic::cases(),
         check::cases(),
+        clock::cases(),
         io::cases(),
         outputs::cases(),
         lifecycle::cases(),
