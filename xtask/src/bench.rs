@@ -23,6 +23,8 @@ pub enum BenchTask {
     Create,
     /// A container's connections with the host, under runc and under Bulkhead.
     Network,
+    /// Starting and removing a pod of Kubernetes, under runc and under Bulkhead.
+    Pod,
 }
 
 /// Runs a measurement; prints its table.
@@ -31,6 +33,7 @@ pub fn run(task: BenchTask) -> Result<i32> {
         BenchTask::Start => "start",
         BenchTask::Create => "create",
         BenchTask::Network => "network",
+        BenchTask::Pod => "pod",
     };
     let built = build::build()?;
     let program = build::build_e2e()?;

@@ -1,9 +1,12 @@
 //! What a cgroup tells by itself: the files that the kernel announces changes of
 //! (Documentation/admin-guide/cgroup-v2.rst, "cgroup.events", "memory.events").
 
-use std::{fs, io, os::fd::OwnedFd, path::PathBuf};
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::OwnedFd,
+};
 
-use rustix::fs::inotify;
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{Cgroup, CgroupError, file_error};
@@ -38,35 +41,33 @@ impl Cgroup {
     }
 
     /// Waits until the content of a file is as wanted, and returns it. The kernel announces its
-    /// changes as modifications.
+    /// changes as priority events of whoever has read it.
     async fn until(
         &self,
         file: &'static str,
         wanted: impl Fn(&str) -> bool,
     ) -> Result<String, CgroupError> {
-        let file = self.path.join(file);
-        let events = watch(&file).map_err(file_error("watch", &file))?;
+        // Not with inotify(7): the end of a watch lasts two ticks and a grace period of the kernel's.
+        let path = self.path.join(file);
+        let opened = File::open(&path).map_err(file_error("open", &path))?;
+        let file = crate::transport::watch(opened.into(), Interest::PRIORITY)
+            .map_err(file_error("watch", &path))?;
         loop {
-            let text = fs::read_to_string(&file).map_err(file_error("read", &file))?;
+            let text = read(&file).map_err(file_error("read", &path))?;
             if wanted(&text) {
                 return Ok(text);
             }
-            let mut ready = events
-                .readable()
-                .await
-                .map_err(file_error("watch", &file))?;
-            // What it says does not matter, only that it has come.
-            let _ = rustix::io::read(events.get_ref(), &mut [0; 4096]);
-            ready.clear_ready();
+            let changed = file.ready(Interest::PRIORITY).await;
+            changed.map_err(file_error("watch", &path))?.clear_ready();
         }
     }
 }
 
-fn watch(file: &PathBuf) -> io::Result<AsyncFd<OwnedFd>> {
-    let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
-    let watcher = inotify::init(flags)?;
-    inotify::add_watch(&watcher, file, inotify::WatchFlags::MODIFY)?;
-    crate::transport::watch(watcher, Interest::READABLE)
+/// All of a file, whose content is shorter than a page, by the descriptor that is waited on.
+fn read(file: &AsyncFd<OwnedFd>) -> io::Result<String> {
+    let mut content = [0; 4096];
+    let length = rustix::io::pread(file, &mut content, 0)?;
+    Ok(String::from_utf8_lossy(&content[..length]).into_owned())
 }
 
 /// The value of a key in a flat keyed file.

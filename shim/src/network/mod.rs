@@ -189,6 +189,9 @@ struct Network {
 pub struct Networks {
     pod: Arc<Pod>,
     networks: AsyncMutex<HashMap<NamespaceId, Network>>,
+    /// The namespace that was left last, kept until another is joined or the shim ends. The kernel takes
+    /// namespaces and VMs down one after the other, and whoever deletes a pod waits for its VM alone.
+    left: Mutex<Option<Arc<Namespace>>>,
 }
 
 /// A container's part in a network, to be given back by [`Networks::leave`].
@@ -204,6 +207,7 @@ impl Networks {
         Arc::new(Self {
             pod,
             networks: AsyncMutex::default(),
+            left: Mutex::default(),
         })
     }
 
@@ -218,6 +222,7 @@ impl Networks {
         let namespace = Namespace::of(init.pid()).map_err(NetworkError::Namespace)?;
         let id = namespace.id();
         let mut networks = self.networks.lock().await;
+        *self.left() = None;
         let network = match networks.entry(id) {
             Entry::Occupied(network) => network.into_mut(),
             Entry::Vacant(place) => place.insert(self.open(namespace, by_path).await?),
@@ -235,6 +240,10 @@ impl Networks {
                 Err(error)
             }
         }
+    }
+
+    fn left(&self) -> MutexGuard<'_, Option<Arc<Namespace>>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes a container out of its network, and with the last one the network down.
@@ -256,7 +265,8 @@ impl Networks {
         if last {
             network.get_mut().close(&self.pod, container).await;
             // With it ends its watch.
-            network.remove();
+            let namespace = network.remove().namespace;
+            *self.left() = Some(namespace);
         }
     }
 

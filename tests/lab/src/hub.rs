@@ -12,7 +12,7 @@ use crate::error::{Context, Error};
 use crate::lab::{LabOptions, LabState};
 use crate::machine::Machine;
 use crate::mux::{self, Mode, Open, Session};
-use crate::protocol::{Containerd, Frame, Request};
+use crate::protocol::{Frame, Request};
 
 /// How long a lab may take from QEMU's start to ready; about 15 s is usual on 2 cores.
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
@@ -38,7 +38,7 @@ pub(crate) async fn supervise(
     let (accepted, _never_accepts) = mpsc::unbounded_channel();
     let sessions = mux::drive(ours, Mode::Client, requests, accepted);
     let work = async {
-        let boot = tokio::time::timeout(BOOT_LIMIT, boot(&open, options.containerd));
+        let boot = tokio::time::timeout(BOOT_LIMIT, boot(&open, options));
         match boot.await {
             Err(_) => return Err(state.timed_out("starting the lab", BOOT_LIMIT)),
             Ok(Err(BootError::Broken)) => return Err(state.died("it was starting")),
@@ -74,10 +74,13 @@ enum BootError {
     Refused(String),
 }
 
-async fn boot(open: &mpsc::Sender<Open>, containerd: Option<Containerd>) -> Result<(), BootError> {
+async fn boot(open: &mpsc::Sender<Open>, options: &LabOptions) -> Result<(), BootError> {
     let exchange = async {
         let mut session = session(open).await?;
-        let request = Frame::Request(Request::Boot { containerd });
+        let request = Frame::Request(Request::Boot {
+            containerd: options.containerd,
+            metered: options.metered,
+        });
         request.write_async(&mut session).await?;
         Frame::read_async(&mut session).await
     };

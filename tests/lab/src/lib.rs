@@ -17,6 +17,7 @@
 mod cache;
 mod client;
 mod command;
+mod emulator;
 mod error;
 mod hub;
 mod image;

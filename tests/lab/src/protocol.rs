@@ -25,6 +25,8 @@ pub enum Request {
         /// Which containerd to start, and to import the images in `/var/lib/bulkhead-images/boot`
         /// into.
         containerd: Option<Containerd>,
+        /// Whether instructions are counted.
+        metered: bool,
     },
     /// Run a command.
     Exec(ExecRequest),
@@ -173,6 +175,7 @@ mod tests {
         let frames = [
             Frame::Request(Request::Boot {
                 containerd: Some(Containerd::V2),
+                metered: true,
             }),
             Frame::Request(Request::Exec(ExecRequest {
                 argv: vec!["sh".into(), "-c".into(), "exit 3".into()],

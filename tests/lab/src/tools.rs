@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::cache::Cache;
 use crate::command::run_logged;
+use crate::emulator;
 use crate::error::{Context, Error};
 use crate::step::Step;
 
@@ -90,7 +91,8 @@ fn is_installed(package: &str) -> Result<bool, Error> {
 /// Debian 12's QEMU 7.2 now and then makes the lab's kernel double-fault when instructions are
 /// counted.
 pub(crate) fn qemu(cache: &Cache) -> Result<PathBuf, Error> {
-    let entry = cache.entry("qemu", &[b"trixie qemu-system-x86"], |partial| {
+    let inputs: [&[u8]; 2] = [b"trixie qemu-system-x86", &emulator::CASE];
+    let entry = cache.entry("qemu", &inputs, |partial| {
         let step = Step::start("Unpacking QEMU from Debian 13");
         let mut command = Command::new("mmdebstrap");
         command
@@ -100,6 +102,11 @@ pub(crate) fn qemu(cache: &Cache) -> Result<PathBuf, Error> {
             .arg(partial.join("root"));
         run_logged(&mut command, APT_LIMIT)?;
         step.done();
+        if !emulator::mend(&partial.join("root/usr/bin/qemu-system-x86_64"))? {
+            eprintln!(
+                "This QEMU is not the known one; if guests hang, see tests/lab/src/emulator.rs"
+            );
+        }
         Ok(())
     })?;
     Ok(entry.join("root"))

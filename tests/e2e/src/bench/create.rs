@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{aligned, median, milliseconds, table};
+use super::{aligned, median, milliseconds, repeat, table};
 use crate::command::{Input, Running};
 use crate::ctr::{BULKHEAD, RUNC, Run, ctr};
 use crate::shim::Shim;
@@ -17,11 +17,9 @@ use crate::shim::Shim;
 pub fn run(runs: usize) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let bundle = make_bundle(directory.path())?;
-    let runc = (0..=runs).map(|number| by_runc(&bundle, number));
-    let runc: Vec<f64> = runc.collect::<Result<_>>()?;
-    let runc_shim = in_pod(RUNC, &bundle, runs)?;
-    let bulkhead = in_pod(BULKHEAD, &bundle, runs)?;
-    let (runc, runc_shim, bulkhead) = (&runc[1..], &runc_shim[1..], &bulkhead[1..]);
+    let runc = &repeat("runc alone", runs, |number| by_runc(&bundle, number))?;
+    let runc_shim = &in_pod(RUNC, &bundle, runs)?;
+    let bulkhead = &in_pod(BULKHEAD, &bundle, runs)?;
 
     let mut table = table(&["create and start in a running pod", "median"]);
     table.add_row([
@@ -87,9 +85,9 @@ fn by_runc(bundle: &Path, number: usize) -> Result<f64> {
 fn in_pod(runtime: &str, bundle: &Path, runs: usize) -> Result<Vec<f64>> {
     let pod = Run::new(runtime).detach(&["sleep", "1000"])?;
     let shim = Shim::of(&pod)?;
-    (0..=runs)
-        .map(|number| by_shim(&shim, bundle, &format!("bench-{runtime}-{number}")))
-        .collect()
+    repeat(&format!("the shim of {runtime}"), runs, |number| {
+        by_shim(&shim, bundle, &format!("bench-{runtime}-{number}"))
+    })
 }
 
 fn by_shim(shim: &Shim, bundle: &Path, id: &str) -> Result<f64> {

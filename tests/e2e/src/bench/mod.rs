@@ -3,10 +3,16 @@
 
 mod create;
 pub mod network;
+mod pod;
 mod start;
 
-use anyhow::{Result, ensure};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
 use comfy_table::{CellAlignment, Table, presets};
+use serde_json::json;
+
+use crate::ctr::{BULKHEAD, RUNC};
 
 /// What to measure.
 #[derive(Debug, clap::Subcommand)]
@@ -29,17 +35,82 @@ pub enum Bench {
         #[arg(long, default_value_t = 3)]
         runs: usize,
     },
+    /// A pod of Kubernetes with one container, from its start to its removal, under runc and under
+    /// Bulkhead.
+    Pod {
+        /// How many pods each median is of.
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+    },
 }
 
 /// Measures, prints tables, and as the last line everything as JSON.
 pub fn run(bench: &Bench) -> Result<()> {
-    let (Bench::Start { runs } | Bench::Create { runs } | Bench::Network { runs }) = *bench;
+    let (Bench::Start { runs }
+    | Bench::Create { runs }
+    | Bench::Network { runs }
+    | Bench::Pod { runs }) = *bench;
     ensure!(runs > 0, "a median needs at least one run");
     match bench {
         Bench::Start { .. } => start::run(runs),
         Bench::Create { .. } => create::run(runs),
         Bench::Network { .. } => network::run(runs),
+        Bench::Pod { .. } => pod::run(runs),
     }
+}
+
+/// Measures `runs` times, after once that does not count because caches are cold, and tells on
+/// standard error how far it is.
+fn repeat<T>(
+    what: &str,
+    runs: usize,
+    mut measure: impl FnMut(usize) -> Result<T>,
+) -> Result<Vec<T>> {
+    eprintln!("{what}: warming up");
+    measure(0).with_context(|| what.to_owned())?;
+    (1..=runs)
+        .map(|run| {
+            eprintln!("{what}: {run} of {runs}");
+            measure(run).with_context(|| what.to_owned())
+        })
+        .collect()
+}
+
+/// Does something, and says in how many seconds by `CLOCK_MONOTONIC`.
+fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {
+    let begun = Instant::now();
+    let done = work()?;
+    Ok((done, begun.elapsed().as_secs_f64()))
+}
+
+/// What is measured under both runtimes: its name, and how a value of it is written.
+type Measure = (&'static str, fn(f64) -> String);
+
+/// Takes these measures under both runtimes with `measured`, prints their medians and ratios, and as the
+/// last line everything as JSON.
+fn compare<const N: usize>(
+    what: &str,
+    measures: [Measure; N],
+    measured: impl Fn(&str) -> Result<Vec<[f64; N]>>,
+) -> Result<()> {
+    let (runc, bulkhead) = (measured(RUNC)?, measured(BULKHEAD)?);
+    let mut table = table(&[what, "runc", "Bulkhead", "ratio"]);
+    for (index, (what, written)) in measures.into_iter().enumerate() {
+        let of = |all: &[[f64; N]]| {
+            let values: Vec<f64> = all.iter().map(|run| run[index]).collect();
+            median(&values)
+        };
+        let (runc, bulkhead) = (of(&runc), of(&bulkhead));
+        let ratio = format!("{:.2}", bulkhead / runc);
+        table.add_row([what, &written(runc), &written(bulkhead), &ratio]);
+    }
+    println!("{}", aligned(table));
+    let rows = |all: &[[f64; N]]| all.iter().map(|run| run.to_vec()).collect::<Vec<_>>();
+    println!(
+        "{}",
+        json!({"runc": rows(&runc), "bulkhead": rows(&bulkhead)})
+    );
+    Ok(())
 }
 
 /// A count as a number to compute with.

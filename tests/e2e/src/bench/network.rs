@@ -2,14 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
 
-use super::{aligned, count, median, table};
+use super::{Measure, compare, count, repeat, timed};
 use crate::command::Input;
-use crate::ctr::{BULKHEAD, PROBE, RUNC, Run};
+use crate::ctr::{PROBE, Run};
 use crate::network::{Attachment, Bridge, Namespace};
 
 /// Where the container answers.
@@ -24,40 +22,27 @@ const QUESTIONS: u32 = 200;
 /// Connections, one after the other.
 const CONNECTIONS: u32 = 50;
 
-/// What is measured, with its unit.
-const MEASURES: [(&str, &str); 4] = [
-    ("stream to the container", "MB/s"),
-    ("stream from the container", "MB/s"),
-    ("question and answer", "µs"),
-    ("connection, one byte each way", "µs"),
+/// What is measured.
+const MEASURES: [Measure; 4] = [
+    ("stream to the container", megabytes),
+    ("stream from the container", megabytes),
+    ("question and answer", microseconds),
+    ("connection, one byte each way", microseconds),
 ];
+
+fn megabytes(value: f64) -> String {
+    format!("{value:.0} MB/s")
+}
+
+fn microseconds(value: f64) -> String {
+    format!("{value:.0} µs")
+}
 
 /// Measures `runs` times, prints a table, and as the last line everything as JSON.
 pub fn run(runs: usize) -> Result<()> {
-    let runc = under(RUNC, runs)?;
-    let bulkhead = under(BULKHEAD, runs)?;
-    let mut table = table(&[
-        "between the host and a container",
-        "runc",
-        "Bulkhead",
-        "ratio",
-    ]);
-    for (index, (what, unit)) in MEASURES.iter().enumerate() {
-        let of = |all: &[[f64; 4]]| {
-            let values: Vec<f64> = all.iter().map(|run| run[index]).collect();
-            median(&values)
-        };
-        let (runc, bulkhead) = (of(&runc), of(&bulkhead));
-        table.add_row([
-            (*what).to_owned(),
-            format!("{runc:.0} {unit}"),
-            format!("{bulkhead:.0} {unit}"),
-            format!("{:.2}", bulkhead / runc),
-        ]);
-    }
-    println!("{}", aligned(table));
-    println!("{}", json!({"runc": runc, "bulkhead": bulkhead}));
-    Ok(())
+    compare("between the host and a container", MEASURES, |runtime| {
+        under(runtime, runs)
+    })
 }
 
 /// The measures of each run, in a container of this runtime.
@@ -72,14 +57,10 @@ fn under(runtime: &str, runs: usize) -> Result<Vec<[f64; 4]>> {
         .spawn(&[PROBE, "probe", "measured", &PORT.to_string()])?;
     container.client.expect("ready")?;
     let to = SocketAddr::new(eth.address(false)?.parse()?, PORT);
-    // The first run finds caches cold.
-    let measured: Vec<[f64; 4]> = (0..=runs)
-        .map(|_| measure(to))
-        .collect::<Result<_>>()
-        .with_context(|| format!("under {runtime}"))?;
+    let measured = repeat(&format!("network under {runtime}"), runs, |_| measure(to))?;
     container.client.close_stdin();
     container.finish()?.succeeds()?;
-    Ok(measured[1..].to_vec())
+    Ok(measured)
 }
 
 fn measure(to: SocketAddr) -> Result<[f64; 4]> {
@@ -93,9 +74,7 @@ fn measure(to: SocketAddr) -> Result<[f64; 4]> {
 }
 
 fn seconds(work: impl FnOnce() -> Result<()>) -> Result<f64> {
-    let begun = Instant::now();
-    work()?;
-    Ok(begun.elapsed().as_secs_f64())
+    Ok(timed(work)?.1)
 }
 
 /// The first byte says what a [`partner`] does.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
-use super::{aligned, count, median, milliseconds, table};
+use super::{aligned, count, median, milliseconds, repeat, table};
 use crate::ctr::{BULKHEAD, RUNC, Run};
 use crate::host::{self, Pod};
 
@@ -14,7 +14,7 @@ use crate::host::{self, Pod};
 pub fn run(runs: usize) -> Result<()> {
     let runc = starts(RUNC, runs)?;
     let bulkhead = starts(BULKHEAD, runs)?;
-    let idle = (0..runs).map(|_| idle()).collect::<Result<Vec<_>>>()?;
+    let idle = repeat("an idle container", runs, |_| idle())?;
 
     let (runc_median, bulkhead_median) = (median(&runc), median(&bulkhead));
     let mut table = table(&["ctr run --rm … true", "median"]);
@@ -38,14 +38,12 @@ pub fn run(runs: usize) -> Result<()> {
     Ok(())
 }
 
-/// Durations of whole starts by `CLOCK_MONOTONIC`, in milliseconds, after one that is not counted.
+/// Durations of whole starts by `CLOCK_MONOTONIC`, in milliseconds.
 fn starts(runtime: &str, runs: usize) -> Result<Vec<f64>> {
-    let once = || -> Result<f64> {
+    repeat(&format!("a start under {runtime}"), runs, |_| {
         let done = Run::new(runtime).run(&["true"])?.exits_with(0)?;
         Ok(done.took().as_secs_f64() * 1e3)
-    };
-    once()?;
-    (0..runs).map(|_| once()).collect()
+    })
 }
 
 /// What the start of one idle container has written down, and what it takes.

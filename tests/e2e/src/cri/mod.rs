@@ -227,11 +227,16 @@ impl Pod<'_> {
         self.cri.call("StopPodSandbox", &request).map(drop)
     }
 
-    fn remove(&self) -> Result<()> {
+    /// Removes it, when it has been stopped. What the kubelet made for it stays.
+    pub fn remove(&mut self) -> Result<()> {
+        let request = json!({ "pod_sandbox_id": std::mem::take(&mut self.id) });
+        self.cri.call("RemovePodSandbox", &request).map(drop)
+    }
+
+    fn give_back(&mut self) -> Result<()> {
         if !self.id.is_empty() {
             self.stop()?;
-            let request = json!({ "pod_sandbox_id": self.id });
-            self.cri.call("RemovePodSandbox", &request)?;
+            self.remove()?;
         }
         fs::remove_dir(&self.cgroup)
             .with_context(|| format!("cannot remove {}", self.cgroup.display()))?;
@@ -242,7 +247,7 @@ impl Pod<'_> {
 
 impl Drop for Pod<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.remove() {
+        if let Err(error) = self.give_back() {
             // The comparison after the test fails as well, and says what is left.
             eprintln!("cannot remove a pod: {error:#}");
         }

@@ -184,7 +184,8 @@ fn mount_all() -> Result<()> {
     write("/sys/fs/cgroup/cgroup.subtree_control", &all.join(" "))
 }
 
-fn mount_at(
+/// Mounts a file system, making the directory for it.
+pub fn mount_at(
     source: &str,
     target: &str,
     kind: &str,
@@ -199,7 +200,8 @@ fn write(path: &str, content: &str) -> Result<()> {
     fs::write(path, content).context(|| format!("write {content:?} to {path}"))
 }
 
-fn helper(command: &mut Command) -> Result<()> {
+/// Runs a program of the lab that must succeed.
+pub fn helper(command: &mut Command) -> Result<()> {
     let status = command
         .env("PATH", PATH)
         .status()

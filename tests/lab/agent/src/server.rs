@@ -42,8 +42,11 @@ async fn serve(mut session: Session) {
 
 async fn handle(session: &mut Session) -> io::Result<()> {
     match Frame::read_async(session).await? {
-        Some(Frame::Request(Request::Boot { containerd })) => {
-            let booted = tokio::task::spawn_blocking(move || boot::run(containerd)).await;
+        Some(Frame::Request(Request::Boot {
+            containerd,
+            metered,
+        })) => {
+            let booted = tokio::task::spawn_blocking(move || boot::run(containerd, metered)).await;
             let answer = match booted {
                 Ok(Ok(())) => Frame::Exit(0),
                 Ok(Err(error)) => Frame::Failed(error.to_string()),
