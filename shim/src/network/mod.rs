@@ -189,9 +189,9 @@ struct Network {
 pub struct Networks {
     pod: Arc<Pod>,
     networks: AsyncMutex<HashMap<NamespaceId, Network>>,
-    /// The namespace that was left last, kept until another is joined or the shim ends. The kernel takes
-    /// namespaces and VMs down one after the other, and whoever deletes a pod waits for its VM alone.
-    left: Mutex<Option<Arc<Namespace>>>,
+    /// The namespace of the pod's last container, kept until the shim ends. The kernel takes namespaces
+    /// and VMs down one after the other, and whoever deletes a pod waits for its VM alone.
+    last: Mutex<Option<Arc<Namespace>>>,
 }
 
 /// A container's part in a network, to be given back by [`Networks::leave`].
@@ -207,7 +207,7 @@ impl Networks {
         Arc::new(Self {
             pod,
             networks: AsyncMutex::default(),
-            left: Mutex::default(),
+            last: Mutex::default(),
         })
     }
 
@@ -222,7 +222,7 @@ impl Networks {
         let namespace = Namespace::of(init.pid()).map_err(NetworkError::Namespace)?;
         let id = namespace.id();
         let mut networks = self.networks.lock().await;
-        *self.left() = None;
+        *self.last() = None;
         let network = match networks.entry(id) {
             Entry::Occupied(network) => network.into_mut(),
             Entry::Vacant(place) => place.insert(self.open(namespace, by_path).await?),
@@ -242,8 +242,8 @@ impl Networks {
         }
     }
 
-    fn left(&self) -> MutexGuard<'_, Option<Arc<Namespace>>> {
-        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    fn last(&self) -> MutexGuard<'_, Option<Arc<Namespace>>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes a container out of its network, and with the last one the network down.
@@ -266,7 +266,9 @@ impl Networks {
             network.get_mut().close(&self.pod, container).await;
             // With it ends its watch.
             let namespace = network.remove().namespace;
-            *self.left() = Some(namespace);
+            if networks.is_empty() {
+                *self.last() = Some(namespace);
+            }
         }
     }
 
