@@ -18,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bulkhead_agent_api::cpu_weight;
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -216,11 +217,9 @@ impl Cgroup {
     }
 }
 
-/// Shares, of which cgroup v1 had 2 to 262,144, as a weight from 1 to 10,000, as runc converts them.
 fn weight(cpu: &Cpu) -> Option<String> {
     let shares = cpu.shares.filter(|shares| *shares != 0)?;
-    let above = shares.clamp(2, 262_144) - 2;
-    Some((1 + above * 9_999 / 262_142).to_string())
+    Some(cpu_weight(shares).to_string())
 }
 
 fn bandwidth(cpu: &Cpu) -> Option<String> {
@@ -387,14 +386,9 @@ mod tests {
             period,
             cpus: None,
         };
-        for (shares, expected) in [
-            (0, None),
-            (2, Some("1")),
-            (1024, Some("39")),
-            (262_144, Some("10000")),
-        ] {
-            assert_eq!(weight(&cpu(Some(shares), None, None)).as_deref(), expected);
-        }
+        let of_shares = |shares| weight(&cpu(Some(shares), None, None));
+        assert_eq!(of_shares(0), None);
+        assert_eq!(of_shares(1024).as_deref(), Some("100"));
         let limit = |quota, period| bandwidth(&cpu(None, quota, period));
         assert_eq!(limit(Some(50_000), None).as_deref(), Some("62500 100000"));
         assert_eq!(

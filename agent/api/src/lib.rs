@@ -51,6 +51,27 @@ pub fn hook_time(timeout: Option<u64>) -> Duration {
     Duration::from_secs(timeout.unwrap_or(DEFAULT).min(LONGEST))
 }
 
+/// Shares of CPU time, which are 2 to 262,144 and 1,024 by default, as a weight of cgroup v2, which is 1 to
+/// 10,000 and 100 by default. The curve goes through these three points, and is that of runc since 1.3.2.
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the numbers are small and positive"
+)]
+pub fn cpu_weight(shares: u64) -> u64 {
+    // Rounded up, the ends would not be what they are.
+    match shares {
+        ..=2 => 1,
+        262_144.. => 10_000,
+        _ => {
+            let power = (shares as f64).log2();
+            let exponent = (power * power + 125.0 * power) / 612.0 - 7.0 / 34.0;
+            10_f64.powf(exponent).ceil() as u64
+        }
+    }
+}
+
 /// Tag of the virtio-fs device with one directory or file per share at its root.
 pub const SHARED_FS_TAG: &str = "bulkhead";
 
@@ -78,3 +99,25 @@ mod generated {
 pub use generated::agent as messages;
 /// Client and server of the agent's ttrpc service.
 pub use generated::agent_ttrpc as service;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_become_weights() {
+        // The last but one and the others between as `runc run` writes them.
+        for (shares, weight) in [
+            (0, 1),
+            (2, 1),
+            (3, 2),
+            (102, 17),
+            (512, 59),
+            (1024, 100),
+            (262_144, 10_000),
+            (u64::MAX, 10_000),
+        ] {
+            assert_eq!(cpu_weight(shares), weight, "{shares}");
+        }
+    }
+}

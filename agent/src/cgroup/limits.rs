@@ -1,6 +1,7 @@
 //! The spec's resources as the files of cgroup v2
 //! (Documentation/admin-guide/cgroup-v2.rst), converted as runc does.
 
+use bulkhead_agent_api::cpu_weight;
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 
 use crate::spec::SpecError;
@@ -194,7 +195,7 @@ fn cpu_files(cpu: &LinuxCpu, files: &mut Files) {
         && shares != 0
         && cpu.idle() != Some(1)
     {
-        files.add("cpu.weight", weight_of_shares(shares));
+        files.add("cpu.weight", cpu_weight(shares));
     }
     let quota = cpu.quota().unwrap_or(0);
     let period = cpu.period().unwrap_or(0);
@@ -215,12 +216,6 @@ fn cpu_files(cpu: &LinuxCpu, files: &mut Files) {
             files.add(file, list);
         }
     }
-}
-
-/// Shares of 2 to 262144 to a weight of 1 to 10000.
-fn weight_of_shares(shares: u64) -> u64 {
-    let shares = shares.clamp(2, 262_144);
-    1 + (shares - 2) * 9_999 / 262_142
 }
 
 fn io_files(io: &LinuxBlockIo, files: &mut Files) {
@@ -267,14 +262,6 @@ mod tests {
             pairs(&[("memory.swap.max", "max"), ("memory.max", "100")])
         );
         assert_eq!(written(json!({"memory": {}})), []);
-    }
-
-    #[test]
-    fn shares_become_weights() {
-        assert_eq!(weight_of_shares(2), 1);
-        assert_eq!(weight_of_shares(1024), 39);
-        assert_eq!(weight_of_shares(262_144), 10_000);
-        assert_eq!(weight_of_shares(u64::MAX), 10_000);
     }
 
     #[test]

@@ -101,6 +101,13 @@ pub fn process(process: &Process) -> Result<(), SpecError> {
     if args.iter().any(|arg| nul(arg)) || process.env().iter().flatten().any(|env| nul(env)) {
         return Err(SpecError::invalid("process", "a NUL byte in args or env"));
     }
+    let named = |variable: &String| variable.find('=').is_some_and(|length| length != 0);
+    if let Some(variable) = process.env().iter().flatten().find(|env| !named(env)) {
+        return Err(SpecError::invalid(
+            "process.env",
+            format!("{variable:?} is not of the form NAME=VALUE"),
+        ));
+    }
     if !process.cwd().is_absolute() {
         return Err(SpecError::invalid(
             "process.cwd",

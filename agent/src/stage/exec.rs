@@ -1,6 +1,7 @@
 //! The command of a process: how it is found, what it is given, and how it is run.
 
 use std::{
+    collections::HashSet,
     convert::Infallible,
     ffi::CString,
     os::unix::ffi::OsStrExt,
@@ -111,9 +112,18 @@ pub fn change_directory(process: &Process) -> Result<(), StageError> {
     ))
 }
 
-/// The environment as given, plus `HOME` if it is missing or empty.
+/// The environment as given, each variable once with its last value, plus `HOME` if it is missing or
+/// empty.
 fn environment(given: &[String], home: impl FnOnce() -> String) -> Vec<String> {
-    let mut all = given.to_vec();
+    let name = |variable: &str| variable.split('=').next().unwrap_or_default().to_owned();
+    let mut seen = HashSet::new();
+    let mut all: Vec<String> = given
+        .iter()
+        .rev()
+        .filter(|variable| seen.insert(name(variable)))
+        .cloned()
+        .collect();
+    all.reverse();
     if value(&all, "HOME").is_none_or(str::is_empty) {
         all.retain(|variable| !variable.starts_with("HOME="));
         all.push(format!("HOME={}", home()));
@@ -121,16 +131,12 @@ fn environment(given: &[String], home: impl FnOnce() -> String) -> Vec<String> {
     all
 }
 
-/// The last value of a variable.
+/// The value of a variable.
 fn value<'a>(environment: &'a [String], name: &str) -> Option<&'a str> {
-    let pairs = environment
+    let mut pairs = environment
         .iter()
-        .rev()
         .filter_map(|variable| variable.split_once('='));
-    pairs
-        .into_iter()
-        .find(|(key, _)| *key == name)
-        .map(|(_, value)| value)
+    pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
 }
 
 /// Finds a command by the rules of a shell: a name with a slash is a path, another one is looked
@@ -187,6 +193,20 @@ mod tests {
             own(&["HOME=/x", "A=1"])
         );
         assert_eq!(environment(&own(&["HOME="]), home), own(&["HOME=/h"]));
+        assert_eq!(
+            environment(&own(&["HOME=/x", "HOME="]), home),
+            own(&["HOME=/h"])
+        );
+    }
+
+    #[test]
+    fn a_variable_that_comes_twice_has_its_last_value() {
+        let own = |list: &[&str]| list.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
+        let given = own(&["A=1", "HOME=/x", "AB=2", "A=3", "A=4=5"]);
+        assert_eq!(
+            environment(&given, || unreachable!()),
+            own(&["HOME=/x", "AB=2", "A=4=5"])
+        );
     }
 
     #[test]

@@ -224,12 +224,10 @@ pub fn scratch_directory() -> io::Result<OwnedFd> {
     Ok(directory)
 }
 
-/// An empty read-only directory, for masking one.
+/// An empty read-only directory, for masking one. Should it ever be made writable, it still has no room
+/// for anything.
 pub fn empty_directory() -> io::Result<OwnedFd> {
-    let options = MountOptions {
-        attributes: Attributes::READ_ONLY,
-        ..MountOptions::default()
-    };
+    let options = MountOptions::parse(&["ro".into(), "nr_blocks=1".into(), "nr_inodes=1".into()]);
     let directory = new_file_system("tmpfs", Some(Path::new("tmpfs")), &options)?;
     options.attributes.apply(directory.as_fd(), false)?;
     Ok(directory)

@@ -1,8 +1,10 @@
 //! Comparing reports from two runtimes against the list of known differences.
 
 use anyhow::{Context, Result, ensure};
+use semver::{Version, VersionReq};
 use serde::Deserialize;
 
+use crate::host;
 use crate::probe::Report;
 
 /// The reviewed list.
@@ -11,9 +13,16 @@ const KNOWN: &str = include_str!("../differences.toml");
 /// The question that is answered with names in an order.
 const ORDER: &str = "mount order";
 
+/// The differences that are meant to be, against the host's runc.
+pub struct Known {
+    differences: Vec<Difference>,
+    runc: Version,
+}
+
+/// The list, as it is written.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Known {
+struct Listed {
     difference: Vec<Difference>,
 }
 
@@ -33,6 +42,9 @@ struct Difference {
     only: Option<String>,
     /// Not in comparisons of this name.
     except: Option<String>,
+    /// Only against a runc of such a version, as `<1.2`.
+    #[serde(default)]
+    runc_version: VersionReq,
     /// Why.
     reason: String,
 }
@@ -41,44 +53,62 @@ fn anything() -> String {
     "*".into()
 }
 
-/// Fails with every difference between the two reports that is not in the list.
-pub fn compare(what: &str, runc: &Report, tested: &Report) -> Result<()> {
-    let new = differences(what, runc, tested)?;
-    ensure!(
-        new.is_empty(),
-        "{what}: {} difference(s) that tests/e2e/differences.toml does not list:\n  {}",
-        new.len(),
-        new.join("\n  ")
-    );
-    Ok(())
-}
-
-/// Every difference between the two reports that is not in the list.
-pub fn differences(what: &str, runc: &Report, tested: &Report) -> Result<Vec<String>> {
-    let known = known()?;
-    let mut new = Vec::new();
-    let mut questions: Vec<_> = runc.keys().chain(tested.keys()).collect();
-    questions.sort();
-    questions.dedup();
-    for question in questions {
-        let none = String::from("(nothing)");
-        let (expected, found) = (
-            runc.get(question).unwrap_or(&none),
-            tested.get(question).unwrap_or(&none),
-        );
-        if expected != found
-            && !(question.ends_with(ORDER) && same_order(expected, found))
-            && !known
-                .difference
-                .iter()
-                .any(|one| one.covers(what, question, (expected, found)))
-        {
-            new.push(format!(
-                "{question}\n    runc:   {expected}\n    tested: {found}"
-            ));
-        }
+impl Known {
+    /// Reads the list, and which runc there is.
+    pub fn read() -> Result<Self> {
+        Self::against(host::runc_version()?)
     }
-    Ok(new)
+
+    fn against(runc: Version) -> Result<Self> {
+        let mut differences = listed()?;
+        differences.retain(|one| one.runc_version.matches(&runc));
+        Ok(Self { differences, runc })
+    }
+
+    /// Whether the host's runc is of such a version.
+    pub fn is_runc(&self, version: &VersionReq) -> bool {
+        version.matches(&self.runc)
+    }
+
+    /// Fails with every difference between the two reports that is not in the list.
+    pub fn compare(&self, what: &str, runc: &Report, tested: &Report) -> Result<()> {
+        let new = self.differences(what, runc, tested);
+        ensure!(
+            new.is_empty(),
+            "{what}: {} difference(s) from runc {} that tests/e2e/differences.toml does not list:\n  {}",
+            new.len(),
+            self.runc,
+            new.join("\n  ")
+        );
+        Ok(())
+    }
+
+    /// Every difference between the two reports that is not in the list.
+    pub fn differences(&self, what: &str, runc: &Report, tested: &Report) -> Vec<String> {
+        let mut new = Vec::new();
+        let mut questions: Vec<_> = runc.keys().chain(tested.keys()).collect();
+        questions.sort();
+        questions.dedup();
+        for question in questions {
+            let none = String::from("(nothing)");
+            let (expected, found) = (
+                runc.get(question).unwrap_or(&none),
+                tested.get(question).unwrap_or(&none),
+            );
+            if expected != found
+                && !(question.ends_with(ORDER) && same_order(expected, found))
+                && !self
+                    .differences
+                    .iter()
+                    .any(|one| one.covers(what, question, (expected, found)))
+            {
+                new.push(format!(
+                    "{question}\n    runc:   {expected}\n    tested: {found}"
+                ));
+            }
+        }
+        new
+    }
 }
 
 /// Whether those that are in both come in the same order. What is in one alone is another question's
@@ -110,16 +140,17 @@ impl Difference {
     }
 }
 
-fn known() -> Result<Known> {
-    let known: Known = toml::from_str(KNOWN).context("differences.toml is not valid")?;
-    for difference in &known.difference {
+fn listed() -> Result<Vec<Difference>> {
+    let Listed { difference: listed } =
+        toml::from_str(KNOWN).context("differences.toml is not valid")?;
+    for difference in &listed {
         ensure!(
             !difference.reason.trim().is_empty(),
             "the difference in {:?} has no reason",
             difference.questions
         );
     }
-    Ok(known)
+    Ok(listed)
 }
 
 /// Whether `text` fits `pattern`, in which `*` stands for any characters.
@@ -145,9 +176,12 @@ pub fn matches(pattern: &str, text: &str) -> bool {
 mod tests {
     use super::*;
 
+    /// Which runc before 1.2 does not set.
+    const DOMAIN: &str = "setting./proc/sys/kernel/domainname";
+
     #[test]
     fn the_list_is_valid() {
-        known().unwrap();
+        listed().unwrap();
     }
 
     #[test]
@@ -171,11 +205,22 @@ mod tests {
 
     #[test]
     fn a_difference_that_is_not_listed_is_found() {
+        let known = Known::against(Version::new(1, 3, 0)).unwrap();
         let one = Report::from([("a question".into(), "yes".into())]);
         let other = Report::from([("a question".into(), "no".into())]);
-        compare("x", &one, &one.clone()).unwrap();
-        let error = compare("x", &one, &other).unwrap_err().to_string();
+        known.compare("x", &one, &one.clone()).unwrap();
+        let error = known.compare("x", &one, &other).unwrap_err().to_string();
         assert!(error.contains("a question"), "{error}");
-        assert!(compare("x", &one, &Report::new()).is_err());
+        assert!(known.compare("x", &one, &Report::new()).is_err());
+    }
+    #[test]
+    fn a_difference_from_one_version_of_runc_is_none_from_another() {
+        let domain = |name: &str| Report::from([(DOMAIN.into(), name.into())]);
+        let (runc, tested) = (domain("(none)"), domain("domain-1"));
+        let old = Known::against(Version::new(1, 1, 15)).unwrap();
+        old.compare("x", &runc, &tested).unwrap();
+        let new = Known::against(Version::new(1, 3, 6)).unwrap();
+        let error = new.compare("x", &runc, &tested).unwrap_err().to_string();
+        assert!(error.contains(DOMAIN), "{error}");
     }
 }

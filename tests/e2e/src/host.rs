@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
+use semver::Version;
 
 use crate::command::{DEADLINE, Input, Running, wait_readable};
 
@@ -65,6 +66,18 @@ fn process(pid: i32) -> Option<Process> {
             .collect::<Vec<_>>()
             .join(" "),
     })
+}
+
+/// The version of the host's runc, without what stands after its three numbers.
+pub fn runc_version() -> Result<Version> {
+    let mut command = Command::new("runc");
+    command.arg("--version");
+    let said = Running::spawn(command, Input::Null)?.finish()?.succeeds()?;
+    said.lines()
+        .next()
+        .and_then(|line| line.strip_prefix("runc version "))
+        .and_then(|version| version.split(['+', '-', '~']).next()?.parse().ok())
+        .with_context(|| format!("no version of runc in {said:?}"))
 }
 
 /// The processes of one pod.

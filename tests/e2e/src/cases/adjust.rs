@@ -71,8 +71,9 @@ fn limits(runtime: &str) -> Result<Vec<String>> {
         .flags(&["--mount", cgroup, "--memory-limit", "134217728"])
         .detach(&["sleep", "1000"])?;
     let shim = Shim::of(&container)?;
+    // Of the most shares each runc makes the most weight; others have had other weights before 1.3.2.
     let changes = [
-        json!({ "pids": { "limit": 50 }, "cpu": { "shares": 512, "quota": 50_000, "period": 200_000 } }),
+        json!({ "pids": { "limit": 50 }, "cpu": { "shares": 262_144, "quota": 50_000, "period": 200_000 } }),
         json!({ "memory": { "limit": 100_000_000, "swap": 150_000_000 }, "cpu": { "quota": 60_000 } }),
         json!({
             "cpu": { "quota": -1, "cpus": "0" },

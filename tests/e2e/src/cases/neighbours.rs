@@ -111,7 +111,7 @@ fn cpu_share(setting: &Setting) -> Result<()> {
         .flags(&["--cpus", "0.2", "--cpu-shares", "512"])
         .detach(&["sh", "-c", script])?;
     let cgroup = cgroup(&container);
-    for (file, expected) in [("cpu.max", "25000 100000"), ("cpu.weight", "20")] {
+    for (file, expected) in [("cpu.max", "25000 100000"), ("cpu.weight", "59")] {
         let value = host::read(&cgroup.join(file))?;
         ensure!(value.trim_end() == expected, "{file} is {value:?}");
     }

@@ -67,7 +67,11 @@ fn left_by(runtime: &str, directory: &Path) -> Result<Vec<String>> {
         let names = ["new/directory/both", "out", "err", "arguments", "names"];
         for name in names {
             let text = fs::read_to_string(directory.join(name)).unwrap_or_default();
-            found.push(format!("{name}: {}", text.replace(container.id(), "ID")));
+            let text = text.replace(container.id(), "ID");
+            // Two streams come to a file in any order.
+            let mut lines: Vec<&str> = text.split_inclusive('\n').collect();
+            lines.sort_unstable();
+            found.push(format!("{name}: {}", lines.concat()));
             let _ = fs::remove_file(directory.join(name));
         }
     }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use super::{Case, Setting, case};
 use crate::ctr::{Foreground, PROBE, RUNC, Run};
-use crate::differences::compare;
+use crate::differences::Known;
 use crate::probe::Report;
 use crate::terminal::Terminal;
 
@@ -37,7 +37,8 @@ fn same(what: &str, setting: &Setting, flags: &[&str], command: &[&str]) -> Resu
         report(&started.finish()?.succeeds()?, &id)
     };
     let (runc, tested) = (start(RUNC)?, start(&setting.runtime)?);
-    compare(what, &finish(runc).context("under runc")?, &finish(tested)?)
+    let runc = finish(runc).context("under runc")?;
+    Known::read()?.compare(what, &runc, &finish(tested)?)
 }
 
 /// Reads a report; the container's id reads the same in all.
@@ -58,5 +59,5 @@ fn on_a_terminal(setting: &Setting) -> Result<()> {
         anyhow::ensure!(code == 0, "exit code {code}");
         report(&screen.text(), container.id())
     };
-    compare("on a terminal", &look(RUNC)?, &look(&setting.runtime)?)
+    Known::read()?.compare("on a terminal", &look(RUNC)?, &look(&setting.runtime)?)
 }

@@ -82,7 +82,12 @@ pub(super) fn containerd() -> Result<Value> {
     patch::apply(
         &mut spec,
         &json!({
-            "process": { "args": ["/probe", "probe", "spec"], "terminal": null },
+            "process": {
+                "args": ["/probe", "probe", "spec"],
+                "terminal": null,
+                // From the image, or containerd's own.
+                "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+            },
             "hostname": "container",
         }),
     );

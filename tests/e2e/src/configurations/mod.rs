@@ -18,6 +18,7 @@ mod seccomp;
 mod unsupported;
 
 use anyhow::{Result, ensure};
+use semver::VersionReq;
 use serde_json::{Value, json};
 
 pub use self::run::run;
@@ -66,8 +67,8 @@ pub struct Configuration {
     execs: Vec<Value>,
     /// The container must not come to be, and both runtimes' errors must say one of these words.
     cause: Option<Vec<String>>,
-    /// An older runc may refuse it.
-    recent: bool,
+    /// A runc of such a version may refuse it.
+    refused_by: Option<VersionReq>,
 }
 
 impl Configuration {
@@ -80,14 +81,14 @@ impl Configuration {
             spec,
             execs: Vec::new(),
             cause: None,
-            recent: false,
+            refused_by: None,
         }
     }
 
-    /// May be refused by an older runc.
-    fn recent(mut self) -> Self {
-        self.recent = true;
-        self
+    /// May be refused by a runc of such a version, as `<1.2`.
+    fn refused_by(mut self, version: &str) -> Result<Self> {
+        self.refused_by = Some(version.parse()?);
+        Ok(self)
     }
 
     /// Looks from another process in the container as well.

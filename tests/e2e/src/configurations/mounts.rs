@@ -20,10 +20,15 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
         "unbindable",
         "runbindable",
     ] {
-        all.push(new(
+        let root = new(
             &format!("root-{propagation}"),
             json!({ "linux": { "rootfsPropagation": propagation } }),
-        ));
+        );
+        all.push(match propagation {
+            // It binds what it makes read-only, which is unbindable then.
+            "runbindable" => root.refused_by(">=1.3")?,
+            _ => root,
+        });
         let options = json!(["rbind", propagation]);
         all.push(mount(
             &format!("bind-{propagation}"),

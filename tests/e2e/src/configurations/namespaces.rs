@@ -39,12 +39,11 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
             json!([mapping(0, 0, 1), mapping(1000, 1000, 1)]),
             json!([mapping(0, 0, 1), mapping(5, 5, 1), mapping(1000, 1000, 1)]),
         ),
-        // runc 1.1 knows none.
         new(
             "time-namespace",
             json!({ "linux": { "namespaces+": time } }),
         )
-        .recent(),
+        .refused_by("<1.2")?,
         new("tmpfs-copied-up", copied(json!(["tmpcopyup"]))),
         new(
             "tmpfs-copied-up-mode",

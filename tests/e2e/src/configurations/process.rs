@@ -39,6 +39,7 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
         )
         .exec(&json!({})),
         process("no-environment", json!({ "env": [] })),
+        process("environment-missing", json!({ "env": null })),
         new("argument-zero", script("echo $0; cat /proc/1/cmdline")),
         process(
             "arguments",
@@ -67,7 +68,8 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
         process("cwd-in-mount", json!({ "cwd": "/dev/shm" })),
         process(
             "cwd-of-another",
-            json!({ "cwd": "/home/user", "user": { "uid": 2000, "gid": 2000 }, "capabilities": null }),
+            json!({ "cwd": "/home/user", "user": { "uid": 2000, "gid": 2000 },
+                    "capabilities": base::capabilities(&[]) }),
         ),
         process(
             "cwd-of-user",
@@ -85,12 +87,13 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
             json!({ "ioPriority": { "class": "IOPRIO_CLASS_BE", "priority": 6 } }),
         )
         .exec(&json!({})),
+        // Of the state without its first field, the version of the OCI specification that the runtime knows.
         new(
             "hook-start-container",
             json!({
                 "hooks": { "startContainer": [
                     hook("/bin/sh", "id > /tmp/1; grep -E 'Cap|NoNew|Seccomp:' /proc/self/status >> /tmp/1"),
-                    hook("/bin/sh", "pwd > /tmp/2; cat >> /tmp/2; echo $A >> /tmp/2"),
+                    hook("/bin/sh", "pwd > /tmp/2; read -r state; echo \"${state#*,}\" >> /tmp/2; echo $A >> /tmp/2"),
                 ] },
                 "process": { "args": ["/bin/sh", "-c", "cat /tmp/1 /tmp/2"], "cwd": "/tree" },
                 "annotations": { "an.annotation": "its value" },
@@ -100,7 +103,7 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
             "hook-create-container",
             json!({
                 "hooks": { "createContainer": [
-                    hook("@volume@/sh", "read -r state; echo \"$state\" > 1; echo $A; pwd > 2"),
+                    hook("@volume@/sh", "read -r state; echo \"${state#*,}\" > 1; echo $A; pwd > 2"),
                 ] },
                 "process": { "args": ["/bin/sh", "-c", "cat /1 /2"] },
             }),
@@ -186,7 +189,7 @@ fn capabilities(process: &impl Fn(&str, Value) -> Configuration) -> Vec<Configur
         )
     };
     vec![
-        root("capabilities-none", json!(null)).exec(&json!({})),
+        root("capabilities-none", base::capabilities(&[])).exec(&json!({})),
         root("capabilities-all", base::capabilities(all)),
         root("capabilities-few", base::capabilities(few)).exec(&json!({})),
         root(
@@ -216,7 +219,8 @@ fn capabilities(process: &impl Fn(&str, Value) -> Configuration) -> Vec<Configur
             json!({ "bounding": default, "effective": few, "permitted": few, "inheritable": few,
                     "ambient": ["CAP_KILL"] }),
         ),
-        user("capabilities-of-user-none", json!(null)),
+        user("capabilities-of-user-none", base::capabilities(&[])),
+        user("capabilities-missing", json!(null)).exec(&json!({})),
         user(
             "capabilities-inheritable-of-user",
             json!({ "bounding": few, "effective": few, "permitted": few, "inheritable": few }),

@@ -126,7 +126,7 @@ fn restricted(filter: &Value) -> Value {
     json!({
         "process": {
             "user": { "uid": 1000, "gid": 3000, "additionalGids": [3000, 2000] },
-            "capabilities": null,
+            "capabilities": base::capabilities(&[]),
             "noNewPrivileges": true,
         },
         "linux": { "seccomp": filter },

@@ -36,6 +36,16 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
             json!({ "args": ["/file"] }),
             &["permission denied"],
         ),
+        process(
+            "refused-variable-without-value",
+            json!({ "env": ["PATH=/bin", "NAME"] }),
+            &["environment", "process.env"],
+        ),
+        process(
+            "refused-variable-without-name",
+            json!({ "env": ["PATH=/bin", "=value"] }),
+            &["environment", "process.env"],
+        ),
         process("refused-no-arguments", json!({ "args": [] }), &["args"]),
         process("refused-cwd-relative", json!({ "cwd": "tmp" }), &["cwd"]),
         process(

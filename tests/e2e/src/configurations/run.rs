@@ -11,7 +11,7 @@ use super::disk::{Programs, Workspace};
 use super::observe::{Runtime, Seen, Started, start};
 use super::{Configuration, Theme};
 use crate::ctr;
-use crate::differences::differences;
+use crate::differences::Known;
 use crate::shim::Shim;
 
 /// Configurations that run at a time: each is two clients that mostly wait for each other.
@@ -28,6 +28,7 @@ pub fn run(runtime: &str, mut configurations: Vec<Configuration>) -> Result<()> 
     let programs = Programs::prepare(directory.path())?;
     let pod = ctr::Run::new(runtime).detach(&["sleep", "1000000"])?;
     let run = Run {
+        known: Known::read()?,
         shim: Shim::of(&pod)?,
         directory: directory.path(),
         programs,
@@ -53,6 +54,7 @@ pub fn run(runtime: &str, mut configurations: Vec<Configuration>) -> Result<()> 
 }
 
 struct Run<'a> {
+    known: Known,
     shim: Shim,
     directory: &'a Path,
     programs: Programs,
@@ -91,14 +93,15 @@ impl Run<'_> {
             .transpose()
             .context("under runc")?;
         let tested = tested.finish().context("under the tested runtime")?;
-        judge(configuration, runc.as_ref().unwrap_or(&tested), &tested)
+        let runc = runc.as_ref().unwrap_or(&tested);
+        judge(configuration, &self.known, runc, &tested)
     }
 }
 
-fn judge(configuration: &Configuration, runc: &Seen, tested: &Seen) -> Result<()> {
+fn judge(configuration: &Configuration, known: &Known, runc: &Seen, tested: &Seen) -> Result<()> {
     match (runc, tested, &configuration.cause) {
         (Seen::Found(runc), Seen::Found(tested), None) => {
-            let new = differences(&configuration.name, runc, tested)?;
+            let new = known.differences(&configuration.name, runc, tested);
             ensure!(
                 new.is_empty(),
                 "{} difference(s), the first:\n  {}",
@@ -123,7 +126,14 @@ fn judge(configuration: &Configuration, runc: &Seen, tested: &Seen) -> Result<()
         (Seen::Refused(runc), Seen::Refused(tested), None) => {
             bail!("refused by runc: {runc}\n  and by the tested runtime: {tested}")
         }
-        (Seen::Refused(_), Seen::Found(_), None) if configuration.recent => Ok(()),
+        (Seen::Refused(_), Seen::Found(_), None)
+            if configuration
+                .refused_by
+                .as_ref()
+                .is_some_and(|version| known.is_runc(version)) =>
+        {
+            Ok(())
+        }
         (Seen::Refused(runc), Seen::Found(_), _) => {
             bail!("refused by runc, but not by the tested runtime: {runc}")
         }

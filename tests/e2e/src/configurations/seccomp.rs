@@ -107,8 +107,7 @@ pub(super) fn all() -> Result<Vec<Configuration>> {
         let filter = json!({ "defaultAction": ALLOW, "flags": flags, "syscalls": [
             { "names": ["getpriority"], "action": ERRNO },
         ] });
-        // runc 1.1 knows no flags.
-        all.push(of(&name, filter).recent());
+        all.push(of(&name, filter).refused_by("<1.2")?);
     }
     Ok(all)
 }

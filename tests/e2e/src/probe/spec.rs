@@ -164,11 +164,11 @@ fn process(report: &mut Report) -> Result<()> {
         let values: Vec<_> = values.split_whitespace().take(2).collect();
         report.insert(format!("limit.{}", name.trim_end()), values.join(" "));
     }
-    for (name, value) in std::env::vars_os() {
-        report.insert(
-            format!("env.{}", name.display()),
-            value.display().to_string(),
-        );
+    // As it was given: a variable may come twice.
+    for variable in fs::read_to_string("/proc/self/environ")?.split_terminator('\0') {
+        let (name, value) = variable.split_once('=').unwrap_or((variable, ""));
+        let values = report.entry(format!("env.{name}")).or_default();
+        values.push_str(&format!("{value:?}"));
     }
     let mut note = |name: &str, value: String| report.insert(name.to_owned(), value);
     note("cwd", std::env::current_dir()?.display().to_string());

@@ -27,26 +27,27 @@ const MIB: u64 = 1 << 20;
 fn limits(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let pod = cri.pod(&json!({}))?;
+    // Of the most shares each runc makes the most weight; others have had other weights before 1.3.2.
     let resources = json!({
         "memory_limit_in_bytes": (64 * MIB).to_string(),
         "cpu_quota": "50000",
         "cpu_period": "100000",
-        "cpu_shares": "512",
+        "cpu_shares": "262144",
         "oom_score_adj": "500",
     });
     let member = pod.start("member", &json!({ "linux": { "resources": resources } }))?;
     let files = "cd /sys/fs/cgroup; cat memory.max cpu.max cpu.weight";
     let said = member.says(files)?;
-    ensure!(said == "67108864\n50000 100000\n20", "{said}");
+    ensure!(said == "67108864\n50000 100000\n10000", "{said}");
     ensure!(member.says("cat /proc/self/oom_score_adj")? == "500");
     member.update(&json!({
         "memory_limit_in_bytes": (96 * MIB).to_string(),
         "cpu_quota": "25000",
         "cpu_period": "100000",
-        "cpu_shares": "512",
+        "cpu_shares": "262144",
     }))?;
     let said = member.says(files)?;
-    ensure!(said == "100663296\n25000 100000\n20", "{said}");
+    ensure!(said == "100663296\n25000 100000\n10000", "{said}");
     let status = &member.status()?["resources"]["linux"];
     ensure!(
         number(&status["memory_limit_in_bytes"])? == 96 * MIB,
