@@ -18,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bulkhead_agent_api::messages::StatsResponse;
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -292,6 +293,27 @@ fn set(cgroup: &Path, file: &str, value: &str) -> Result<(), CgroupError> {
 /// Opens a cgroup's directory, for a process to be started in it.
 pub fn open(path: PathBuf) -> Result<File, CgroupError> {
     File::open(&path).map_err(|source| CgroupError::Open { path, source })
+}
+
+/// What all that runs in a cgroup uses, as far as the host's kernel accounts for it.
+pub fn usage(path: &Path) -> StatsResponse {
+    let read = |file: &str| fs::read_to_string(path.join(file)).unwrap_or_default();
+    let number = |file: &str| read(file).trim().parse().unwrap_or(0);
+    let mut usage = StatsResponse::default();
+    let cpu = usage.cpu.mut_or_insert_default();
+    for line in read("cpu.stat").lines() {
+        let (key, value) = line.split_once(' ').unwrap_or_default();
+        let value = value.parse().unwrap_or(0);
+        match key {
+            "usage_usec" => cpu.usage_usec = value,
+            "user_usec" => cpu.user_usec = value,
+            "system_usec" => cpu.system_usec = value,
+            _ => {}
+        }
+    }
+    usage.memory.mut_or_insert_default().usage = number("memory.current");
+    usage.pids.mut_or_insert_default().current = number("pids.current");
+    usage
 }
 
 /// Makes a cgroup without owning it.

@@ -16,8 +16,8 @@ use thiserror::Error;
 
 use crate::{
     address::Address, args::Arguments, cgroup, child::KILLED, config::Config, errors::timestamp,
-    mounts::unmount_all, network, options::Options, overlay::Overlay, rootfs, spec::Spec, state,
-    view,
+    mounts::unmount_all, network, options::Options, overlay::Overlay, rootfs, sandbox, spec::Spec,
+    state, view,
 };
 
 /// How long killed processes may take to end. containerd gives the whole command five seconds.
@@ -56,13 +56,18 @@ pub fn run(arguments: &Arguments) -> Result<(), DeleteError> {
 
 fn clean(arguments: &Arguments, bundle: &Path) {
     // Without a usable specification, the container was its own pod as far as can be known.
-    let spec = Spec::read_if_there(bundle).unwrap_or_default();
+    let spec = Spec::read_if_there(bundle).ok().flatten();
+    let spec = spec.unwrap_or_default();
     let group = spec
         .group(&arguments.id)
         .unwrap_or_else(|_| arguments.id.clone());
     let address = Address::new(&arguments.address, &arguments.namespace, &group);
     if address.is_served() {
         return;
+    }
+    // Of a sandbox's containers containerd leaves the rest to this.
+    for path in sandbox::left_cgroups(bundle) {
+        cgroup::destroy(&path, PROCESSES_DEADLINE);
     }
     if let Ok(path) = cgroup::directory(spec.cgroups_path(), &arguments.namespace, &arguments.id) {
         // The VMM and the anchors have died with the shim; this waits for it.
