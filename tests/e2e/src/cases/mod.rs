@@ -41,6 +41,8 @@ pub struct Case {
     pub image: Option<&'static str>,
     /// It takes minutes.
     pub long: bool,
+    /// Pods are made by containerd's sandbox API.
+    pub sandbox_api: bool,
     /// It takes long and asks for little that others do not: only run when asked for.
     pub soak: bool,
     /// Fails with everything that is needed to understand why.
@@ -63,6 +65,14 @@ impl Case {
         Self { long: true, ..self }
     }
 
+    const fn by_sandbox_api(self) -> Self {
+        Self {
+            sandbox_api: true,
+            bulkhead_only: true,
+            ..self
+        }
+    }
+
     const fn soak(self) -> Self {
         Self { soak: true, ..self }
     }
@@ -70,7 +80,8 @@ impl Case {
 
 /// What the tests run against.
 pub struct Setting {
-    /// The runtime under test, by containerd's name.
+    /// The runtime under test, by containerd's name; where pods are made by the sandbox API,
+    /// [`crate::ctr::SANDBOX`].
     pub runtime: String,
 }
 
@@ -88,6 +99,7 @@ const fn case(name: &'static str, run: fn(&Setting) -> Result<()>) -> Case {
         bulkhead_only: false,
         image: None,
         long: false,
+        sandbox_api: false,
         soak: false,
         run,
     }
@@ -100,6 +112,7 @@ const fn bulkhead(name: &'static str, run: fn(&Setting) -> Result<()>) -> Case {
         bulkhead_only: true,
         image: None,
         long: false,
+        sandbox_api: false,
         soak: false,
         run,
     }

@@ -48,7 +48,7 @@ fn namespace(member: &Member, kind: &str) -> Result<String> {
     member.says(&format!("readlink /proc/self/ns/{kind}"))
 }
 
-fn two_containers(setting: &Setting) -> Result<()> {
+pub fn two_containers(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let pod = cri.pod(&json!({}))?;
     ensure!(pod.status()?["state"] == "SANDBOX_READY");
@@ -97,7 +97,7 @@ fn two_containers(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-fn come_and_go(setting: &Setting) -> Result<()> {
+pub fn come_and_go(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let pod = cri.pod(&json!({}))?;
     let volume = pod.volume("work")?;
@@ -145,7 +145,7 @@ fn come_and_go(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-fn shared_pids(setting: &Setting) -> Result<()> {
+pub fn shared_pids(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let options = json!({ "security_context": { "namespace_options": { "pid": "POD" } } });
     let pod = cri.pod(&json!({ "linux": options }))?;
@@ -193,7 +193,7 @@ fn shared_pids(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-fn first_process(setting: &Setting) -> Result<()> {
+pub fn first_process(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let pod = cri.pod(&json!({}))?;
     let member = pod.start("member", &json!({}))?;
@@ -275,7 +275,7 @@ fn exec_timeout(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-fn streams(setting: &Setting) -> Result<()> {
+pub fn streams(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let pod = cri.pod(&json!({}))?;
     let script = "while read line; do echo \"got $line\"; done";
@@ -315,7 +315,7 @@ fn streams(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-fn restart(setting: &Setting) -> Result<()> {
+pub fn restart(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let pod = cri.pod(&json!({}))?;
     let member = pod.start("member", &json!({}))?;
@@ -337,7 +337,7 @@ fn restart(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-fn vm_ends(setting: &Setting) -> Result<()> {
+pub fn vm_ends(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let pod = cri.pod(&json!({}))?;
     let members = ["first", "second"].map(|name| pod.start(name, &json!({})));
@@ -353,7 +353,7 @@ fn vm_ends(setting: &Setting) -> Result<()> {
 }
 
 /// Waits until no container can be added to a pod any more.
-fn not_ready(pod: &Pod) -> Result<()> {
+pub fn not_ready(pod: &Pod) -> Result<()> {
     let begun = Instant::now();
     while pod.status()?["state"] == "SANDBOX_READY" {
         ensure!(begun.elapsed() < DEADLINE, "the pod stays ready");

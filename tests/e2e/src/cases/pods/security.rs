@@ -58,7 +58,7 @@ fn rights(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-fn users(setting: &Setting) -> Result<()> {
+pub fn users(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let map = json!([{ "host_id": 131_072, "container_id": 0, "length": 65_536 }]);
     let options = json!({
@@ -129,7 +129,7 @@ fn privileged(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-fn of_host(setting: &Setting) -> Result<()> {
+pub fn of_host(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     for kind in ["network", "pid", "ipc"] {
         let options = json!({ "namespace_options": { kind: "NODE" } });
