@@ -328,21 +328,30 @@ pub fn ensure(path: &Path) -> Result<(), CgroupError> {
     })
 }
 
-/// Kills what is in a cgroup that a crashed shim has left, waits until it is gone, and removes the
-/// cgroup.
-pub fn destroy(path: &Path, deadline: Duration) {
-    if !path.is_dir() {
-        return;
+/// Kills what is in the cgroups that a crashed shim has left, waits until it is gone, and removes the
+/// cgroups. The deadline is for all of them.
+pub fn destroy(paths: &[PathBuf], deadline: Duration) {
+    let there: Vec<_> = paths.iter().filter(|path| path.is_dir()).collect();
+    for path in &there {
+        kill(path);
     }
-    empty(path, deadline);
-    drop(Cgroup {
-        path: path.to_owned(),
-        limited: false,
-    });
+    let end = Instant::now() + deadline;
+    for path in there {
+        wait_until_empty(path, end);
+        drop(Cgroup {
+            path: path.clone(),
+            limited: false,
+        });
+    }
 }
 
 /// Kills what is in a cgroup, and waits until it is gone.
 fn empty(path: &Path, deadline: Duration) {
+    kill(path);
+    wait_until_empty(path, Instant::now() + deadline);
+}
+
+fn kill(path: &Path) {
     // cgroup.kill is there since Linux 5.14; without it the processes die with their shim alone.
     if let Ok(mut kill) = OpenOptions::new()
         .write(true)
@@ -350,13 +359,15 @@ fn empty(path: &Path, deadline: Duration) {
     {
         let _ = kill.write_all(b"1");
     }
-    if let Err(error) = wait_until_empty(path, deadline) {
+}
+
+fn wait_until_empty(path: &Path, end: Instant) {
+    if let Err(error) = try_to_wait_until_empty(path, end) {
         tracing::warn!(path = %path.display(), %error, "Cannot wait for a cgroup's processes");
     }
 }
 
-fn wait_until_empty(path: &Path, deadline: Duration) -> io::Result<()> {
-    let end = Instant::now() + deadline;
+fn try_to_wait_until_empty(path: &Path, end: Instant) -> io::Result<()> {
     let mut events = File::open(path.join("cgroup.events"))?;
     let mut text = String::new();
     loop {

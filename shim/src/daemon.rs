@@ -6,21 +6,21 @@ use std::{
 };
 
 use containerd_shim_protos::{sandbox_async::create_sandbox, shim_async::create_task};
-use futures::stream;
 use thiserror::Error;
 use tokio::{
-    net::{UnixListener, UnixStream},
+    net::UnixListener,
     runtime,
     signal::unix::{SignalKind, signal},
     time::timeout,
 };
 use tracing::Level;
-use ttrpc::asynchronous::{Server, Service as Methods, transport::Listener};
+use ttrpc::asynchronous::{Server, Service as Methods};
 
 use crate::{
     address::Address,
     child::Reaper,
     config::Config,
+    connections::Connections,
     container::Host,
     events::Events,
     logging,
@@ -153,8 +153,9 @@ async fn serve(
     let mut interrupted = signal(SignalKind::interrupt()).map_err(DaemonError::Runtime)?;
 
     let service = Service::new(host.clone(), address);
+    let connections = Connections::default();
     let mut server = Server::new()
-        .add_listener(trusted_connections(listener))
+        .add_listener(connections.trusted(listener))
         .register_service(methods(&service, host.sandbox.is_some()));
     server.start().await.map_err(DaemonError::Serve)?;
 
@@ -165,6 +166,11 @@ async fn serve(
         _ = interrupted.recv() => service.terminate().await,
     }
     host.events.drain(DRAIN_DEADLINE).await;
+    if host.sandbox.is_some() {
+        // containerd's client takes the end of its connection for an error of a call whose answer it
+        // has not looked at yet, and the end of a sandbox then for one that has failed.
+        let _ = timeout(SERVER_DEADLINE, connections.closed()).await;
+    }
     let _ = timeout(SERVER_DEADLINE, server.shutdown()).await;
     Ok(())
 }
@@ -178,26 +184,4 @@ fn methods(service: &Service, has_sandbox: bool) -> HashMap<String, Methods> {
     let sandbox = has_sandbox.then(|| create_sandbox(Arc::new(service.clone())));
     let all = current.into_iter().chain(older);
     all.chain(sandbox.into_iter().flatten()).collect()
-}
-
-/// Connections of processes that run as the shim's own user.
-fn trusted_connections(listener: UnixListener) -> Listener {
-    let own = nix::unistd::geteuid().as_raw();
-    Listener::new(stream::unfold(listener, move |listener| async move {
-        loop {
-            match listener.accept().await {
-                Ok((connection, _)) if is_of(&connection, own) => {
-                    return Some((Ok(connection), listener));
-                }
-                Ok(_) => tracing::warn!("A connection of another user is refused"),
-                Err(error) => return Some((Err(error), listener)),
-            }
-        }
-    }))
-}
-
-fn is_of(connection: &UnixStream, user: u32) -> bool {
-    connection
-        .peer_cred()
-        .is_ok_and(|credentials| credentials.uid() == user)
 }

@@ -66,13 +66,11 @@ fn clean(arguments: &Arguments, bundle: &Path) {
         return;
     }
     // Of a sandbox's containers containerd leaves the rest to this.
-    for path in sandbox::left_cgroups(bundle) {
-        cgroup::destroy(&path, PROCESSES_DEADLINE);
-    }
-    if let Ok(path) = cgroup::directory(spec.cgroups_path(), &arguments.namespace, &arguments.id) {
-        // The VMM and the anchors have died with the shim; this waits for it.
-        cgroup::destroy(&path, PROCESSES_DEADLINE);
-    }
+    let mut cgroups = sandbox::left_cgroups(bundle);
+    let own = cgroup::directory(spec.cgroups_path(), &arguments.namespace, &arguments.id);
+    cgroups.extend(own.ok());
+    // The VMM and the anchors have died with the shim; this waits for it.
+    cgroup::destroy(&cgroups, PROCESSES_DEADLINE);
     if let Some(path) = spec.network_namespace()
         && !path.as_os_str().is_empty()
     {

@@ -24,6 +24,7 @@ pub mod cgroup;
 pub mod check;
 pub mod child;
 pub mod config;
+pub mod connections;
 pub mod container;
 pub mod creation;
 pub mod daemon;

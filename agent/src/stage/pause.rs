@@ -27,6 +27,8 @@ pub fn hold() -> StageError {
 }
 
 fn try_to_hold() -> Result<Infallible, StageError> {
+    // Whoever joins its namespaces from inside its user namespace must be able to look at it.
+    prctl::set_dumpable(true).map_err(StageError::system("become dumpable"))?;
     prctl::set_name(NAME).map_err(StageError::system("set the name of the process"))?;
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGCHLD, Signal::SIGINT, Signal::SIGTERM] {

@@ -353,7 +353,7 @@ pub fn vm_ends(setting: &Setting) -> Result<()> {
 }
 
 /// Waits until no container can be added to a pod any more.
-pub fn not_ready(pod: &Pod) -> Result<()> {
+fn not_ready(pod: &Pod) -> Result<()> {
     let begun = Instant::now();
     while pod.status()?["state"] == "SANDBOX_READY" {
         ensure!(begun.elapsed() < DEADLINE, "the pod stays ready");

@@ -2,11 +2,13 @@
 //! that is asked of others.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use serde_json::json;
 
 use super::{Case, Setting, case, life, limits, network, security, volumes};
+use crate::command::DEADLINE;
 use crate::cri::{Cri, NAMESPACE};
 use crate::ctr::ctr;
 use crate::host;
@@ -124,7 +126,15 @@ fn shim_ends(setting: &Setting) -> Result<()> {
     host::kill(host::Pod::of(&pod.id)?.shim.pid)?;
     let status = member.ended()?;
     ensure!(status["exit_code"] != 0, "{status}");
-    life::not_ready(&pod)?;
+    // Until it has cleaned up, containerd asks the shim that is gone.
+    let begun = Instant::now();
+    while !pod
+        .status()
+        .is_ok_and(|status| status["state"] == "SANDBOX_NOTREADY")
+    {
+        ensure!(begun.elapsed() < DEADLINE, "the pod stays ready");
+        std::thread::sleep(Duration::from_millis(200));
+    }
     drop(member);
     drop(pod);
     cri.end()
