@@ -129,10 +129,15 @@ fn privileged(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-pub fn of_host(setting: &Setting) -> Result<()> {
+fn of_host(setting: &Setting) -> Result<()> {
+    refused_of_host(setting, &["network", "pid", "ipc"])
+}
+
+/// No pod can have these namespaces of the host.
+pub fn refused_of_host(setting: &Setting, kinds: &[&str]) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
-    for kind in ["network", "pid", "ipc"] {
-        let options = json!({ "namespace_options": { kind: "NODE" } });
+    for kind in kinds {
+        let options = json!({ "namespace_options": { *kind: "NODE" } });
         let pod = cri.pod(&json!({ "linux": { "security_context": options } }));
         let refused = refusal(pod)?;
         ensure!(
