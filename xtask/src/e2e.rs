@@ -283,6 +283,7 @@ mod tests {
             image: image.map(str::to_owned),
             long: false,
             soak: false,
+            sandbox_api: false,
         };
         let mut progress = Progress {
             waiting: vec![

@@ -148,8 +148,8 @@ impl Drop for View {
 pub fn take_away(target: &Path) {
     match statfs(target) {
         Ok(about) if about.f_type == FUSE => {}
-        // Its server is gone.
-        Err(rustix::io::Errno::NOTCONN) => {}
+        // Its server is gone, or goes while it is asked.
+        Err(rustix::io::Errno::NOTCONN | rustix::io::Errno::CONNABORTED) => {}
         _ => return,
     }
     let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
