@@ -1,7 +1,8 @@
 //! The files that containers of a sandbox find, which CRI makes only for pods with a pause container.
 //!
-//! containerd 2 leaves mounts out whose source is not there; 1.7 names the sources that it would have
-//! made. Whatever the container, or the kubelet for it, brings itself stays.
+//! containerd 2 leaves mounts out whose source is not there. 1.7 names the files that it would have made
+//! for a pause container, and makes a directory in the place of each. Whatever the container, or the
+//! kubelet for it, brings itself stays.
 
 use std::{
     fs,
@@ -113,7 +114,7 @@ pub fn complete(spec: &mut Value, bundle: &Path) {
                 mount[*key] = mappings.clone();
             }
         }
-        provide(mounts, mount, has_no_source);
+        provide(mounts, mount, |there| !is_of_file(there));
     }
     let memory = json!({
         "destination": SHARED_MEMORY_POINT,
@@ -121,9 +122,14 @@ pub fn complete(spec: &mut Value, bundle: &Path) {
         "source": bundle.join(SHARED_MEMORY),
         "options": ["rbind", "rprivate", "rw", "nosuid", "nodev", "noexec"],
     });
-    // A container's own is what the plugin's default is.
-    let own = |there: &Value| there["type"] == "tmpfs" && there["source"] == "shm";
-    provide(mounts, memory, |there| own(there) || has_no_source(there));
+    // The memory of a pod with a pause container would be there.
+    let id = bundle.file_name().unwrap_or_default();
+    let of_pause = Path::new(id).join(SHARED_MEMORY);
+    provide(mounts, memory, |there| {
+        // A container's own is what the plugin's default is.
+        let own = there["type"] == "tmpfs" && there["source"] == "shm";
+        own || source(there).is_some_and(|source| source.ends_with(&of_pause))
+    });
 }
 
 /// Adds a mount, in the place of one that is no good.
@@ -137,10 +143,15 @@ fn provide(mounts: &mut Vec<Value>, mount: Value, is_replaced: impl Fn(&Value) -
     }
 }
 
-/// A bind mount of something that is not there.
-fn has_no_source(mount: &Value) -> bool {
-    let source = mount["source"].as_str().map(Path::new);
-    mount["type"] == "bind" && source.is_some_and(|source| !source.exists())
+/// What a bind mount shows.
+fn source(mount: &Value) -> Option<&Path> {
+    let source = mount["source"].as_str().filter(|_| mount["type"] == "bind");
+    source.map(Path::new)
+}
+
+/// Whether a mount is of something that can be a file of /etc.
+fn is_of_file(mount: &Value) -> bool {
+    source(mount).is_none_or(Path::is_file)
 }
 
 #[cfg(test)]
@@ -177,6 +188,8 @@ mod tests {
     fn a_container_keeps_its_own() {
         let bundle = tempfile::tempdir().unwrap();
         fs::write(bundle.path().join("kubelets"), "").unwrap();
+        let id = bundle.path().file_name().unwrap();
+        let shm_of_1_7 = Path::new("/run/sandboxes").join(id).join("shm");
         let kubelets = bundle.path().join("kubelets");
         let mut spec = json!({
             "root": { "readonly": true },
@@ -188,7 +201,19 @@ mod tests {
             ],
             "linux": { "uidMappings": [1], "gidMappings": [2] },
         });
+        let mut old = spec.clone();
+        old["mounts"][1] =
+            json!({ "destination": "/dev/shm", "type": "bind", "source": shm_of_1_7 });
+        // A directory, which 1.7 makes of it.
+        old["mounts"][3]["source"] = json!(bundle.path());
         complete(&mut spec, bundle.path());
+        complete(&mut old, bundle.path());
+        assert_eq!(spec, old);
+        let mut volume = json!({ "mounts": [
+            { "destination": "/dev/shm", "type": "bind", "source": "/volumes/shm" },
+        ] });
+        complete(&mut volume, bundle.path());
+        assert_eq!(volume["mounts"][0]["source"], "/volumes/shm");
         let source = |name: &str| json!(bundle.path().join(name));
         let mounts = spec["mounts"].as_array().unwrap();
         assert_eq!(mounts.len(), 5);
