@@ -107,7 +107,10 @@ impl Container {
             namespaces: neighbours.kinds(),
         };
         let spec = spec::read_spec(&request.spec, &supplied)?;
-        let rootfs = share(&request.rootfs_share)?;
+        let rootfs = match request.rootfs_share.as_str() {
+            "" => None,
+            name => Some(share(name)?),
+        };
         let process = spec.process().clone();
         let process = process.ok_or(SpecError::Missing { field: "process" })?;
         guest.profiles.provide(&process, request.apparmor_policy)?;

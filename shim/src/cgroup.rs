@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bulkhead_agent_api::cpu_weight;
+use bulkhead_agent_api::{cpu_weight, messages::StatsResponse};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -293,6 +293,27 @@ pub fn open(path: PathBuf) -> Result<File, CgroupError> {
     File::open(&path).map_err(|source| CgroupError::Open { path, source })
 }
 
+/// What all that runs in a cgroup uses, as far as the host's kernel accounts for it.
+pub fn usage(path: &Path) -> StatsResponse {
+    let read = |file: &str| fs::read_to_string(path.join(file)).unwrap_or_default();
+    let number = |file: &str| read(file).trim().parse().unwrap_or(0);
+    let mut usage = StatsResponse::default();
+    let cpu = usage.cpu.mut_or_insert_default();
+    for line in read("cpu.stat").lines() {
+        let (key, value) = line.split_once(' ').unwrap_or_default();
+        let value = value.parse().unwrap_or(0);
+        match key {
+            "usage_usec" => cpu.usage_usec = value,
+            "user_usec" => cpu.user_usec = value,
+            "system_usec" => cpu.system_usec = value,
+            _ => {}
+        }
+    }
+    usage.memory.mut_or_insert_default().usage = number("memory.current");
+    usage.pids.mut_or_insert_default().current = number("pids.current");
+    usage
+}
+
 /// Makes a cgroup without owning it.
 pub fn ensure(path: &Path) -> Result<(), CgroupError> {
     match statfs(ROOT) {
@@ -305,21 +326,30 @@ pub fn ensure(path: &Path) -> Result<(), CgroupError> {
     })
 }
 
-/// Kills what is in a cgroup that a crashed shim has left, waits until it is gone, and removes the
-/// cgroup.
-pub fn destroy(path: &Path, deadline: Duration) {
-    if !path.is_dir() {
-        return;
+/// Kills what is in the cgroups that a crashed shim has left, waits until it is gone, and removes the
+/// cgroups. The deadline is for all of them.
+pub fn destroy(paths: &[PathBuf], deadline: Duration) {
+    let there: Vec<_> = paths.iter().filter(|path| path.is_dir()).collect();
+    for path in &there {
+        kill(path);
     }
-    empty(path, deadline);
-    drop(Cgroup {
-        path: path.to_owned(),
-        limited: false,
-    });
+    let end = Instant::now() + deadline;
+    for path in there {
+        wait_until_empty(path, end);
+        drop(Cgroup {
+            path: path.clone(),
+            limited: false,
+        });
+    }
 }
 
 /// Kills what is in a cgroup, and waits until it is gone.
 fn empty(path: &Path, deadline: Duration) {
+    kill(path);
+    wait_until_empty(path, Instant::now() + deadline);
+}
+
+fn kill(path: &Path) {
     // cgroup.kill is there since Linux 5.14; without it the processes die with their shim alone.
     if let Ok(mut kill) = OpenOptions::new()
         .write(true)
@@ -327,13 +357,15 @@ fn empty(path: &Path, deadline: Duration) {
     {
         let _ = kill.write_all(b"1");
     }
-    if let Err(error) = wait_until_empty(path, deadline) {
+}
+
+fn wait_until_empty(path: &Path, end: Instant) {
+    if let Err(error) = try_to_wait_until_empty(path, end) {
         tracing::warn!(path = %path.display(), %error, "Cannot wait for a cgroup's processes");
     }
 }
 
-fn wait_until_empty(path: &Path, deadline: Duration) -> io::Result<()> {
-    let end = Instant::now() + deadline;
+fn try_to_wait_until_empty(path: &Path, end: Instant) -> io::Result<()> {
     let mut events = File::open(path.join("cgroup.events"))?;
     let mut text = String::new();
     loop {

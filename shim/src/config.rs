@@ -21,7 +21,7 @@ pub const PATH: &str = "/etc/bulkhead/config.toml";
 pub const PATH_VARIABLE: &str = "BULKHEAD_CONFIG";
 
 /// Annotations that are for Bulkhead.
-const ANNOTATION_PREFIX: &str = "io.bulkhead.";
+pub const ANNOTATION_PREFIX: &str = "io.bulkhead.";
 
 /// What pods can be allowed to set for themselves.
 const ANNOTATIONS: [&str; 7] = [

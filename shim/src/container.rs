@@ -29,6 +29,7 @@ use crate::{
     pod::Pod,
     process::{Phase, Process},
     rootfs::Rootfs,
+    sandbox::{Member, Sandbox},
     shares::Shares,
     spec::{self, Spec},
     text, timeline,
@@ -57,8 +58,6 @@ const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 pub struct Host {
     /// containerd's namespace.
     pub namespace: String,
-    /// Directory of the pod's cgroup, which outlives its containers.
-    pub pod_cgroup: Option<PathBuf>,
     /// The VM.
     pub pod: Arc<Pod>,
     /// What the VM's containers have of the host's network namespaces.
@@ -67,6 +66,23 @@ pub struct Host {
     pub events: Events,
     /// Parent of all processes.
     pub reaper: Reaper,
+    /// The pod itself, if containerd makes it by its sandbox API.
+    pub sandbox: Option<Arc<Sandbox>>,
+}
+
+impl Host {
+    /// Whether the container of that id is the pod itself.
+    pub fn is_sandbox(&self, id: &str) -> bool {
+        let sandbox = self.sandbox.as_ref();
+        sandbox.is_some_and(|sandbox| sandbox.id == id)
+    }
+
+    /// Tells containerd of something that has happened to a container, for which it has a task.
+    pub fn publish(&self, id: &str, event: Event) {
+        if !self.is_sandbox(id) {
+            self.events.publish(event);
+        }
+    }
 }
 
 /// What a container has beside its processes, in the order in which it is released.
@@ -82,6 +98,8 @@ pub struct Resources {
     pub rootfs: Option<Rootfs>,
     /// The cgroup, unless it is the pod's.
     pub cgroup: Option<Cgroup>,
+    /// The sandbox knows of the cgroup.
+    pub member: Option<Member>,
 }
 
 impl Resources {
@@ -106,6 +124,7 @@ impl Resources {
             }
         }
         self.cgroup = None;
+        self.member = None;
     }
 }
 
@@ -166,6 +185,10 @@ impl Container {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn publish(&self, event: Event) {
+        self.host.publish(&self.id, event);
+    }
+
     /// A process by its exec id; empty for the container's own.
     pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, TaskError> {
         if exec_id.is_empty() {
@@ -213,7 +236,7 @@ impl Container {
             return Err(error);
         }
         let pid = self.init.pid();
-        self.host.events.publish(Event::Start(messages::TaskStart {
+        self.publish(Event::Start(messages::TaskStart {
             container_id: self.id.clone(),
             pid,
             ..Default::default()
@@ -385,7 +408,7 @@ impl Container {
         } else {
             &process.exec_id
         };
-        self.host.events.publish(Event::Exit(messages::TaskExit {
+        self.publish(Event::Exit(messages::TaskExit {
             container_id: self.id.clone(),
             id: id.clone(),
             pid: process.pid(),

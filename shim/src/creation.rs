@@ -64,7 +64,7 @@ pub async fn create(
         return Err(TaskError::Invalid("the container has no anchor".into()));
     };
     process.set_pid(anchor.pid());
-    host.events.publish(Event::Create(TaskCreate {
+    let created = Event::Create(TaskCreate {
         container_id: request.id.clone(),
         bundle: request.bundle.clone(),
         rootfs: request.rootfs.clone(),
@@ -78,7 +78,8 @@ pub async fn create(
         checkpoint: String::new(),
         pid: anchor.pid(),
         ..TaskCreate::default()
-    }));
+    });
+    host.publish(&request.id, created);
     host.pod.timeline().reached(Phase::ContainerCreated);
     let parts = Parts {
         id: request.id.clone(),
@@ -96,6 +97,12 @@ pub async fn create(
 }
 
 impl Neighbourhood {
+    /// The pid of another container, by its id.
+    fn pid_of(&self, id: &str) -> Option<u32> {
+        let mut all = self.containers.iter();
+        all.find(|(_, other)| *other == id).map(|(pid, _)| *pid)
+    }
+
     /// The namespaces of other containers that a spec asks for, and whose anchor is the process
     /// `anchor`.
     fn joined_by(&self, spec: &Spec, anchor: u32) -> Vec<JoinedNamespace> {
@@ -153,21 +160,30 @@ async fn build(
         return Err(TaskError::Unsupported("restoring from a checkpoint"));
     }
     let bundle = Path::new(&request.bundle);
-    let (spec, spec_bytes) = Spec::read(bundle)?;
+    let (spec, spec_bytes) = match &host.sandbox {
+        Some(sandbox) => sandbox.specification_of(bundle, neighbourhood.pid_of(&sandbox.id))?,
+        None => Spec::read(bundle)?,
+    };
     let apparmor_policy = apparmor::policy(spec.apparmor_profile())?;
 
     neighbourhood.check_network(&spec)?;
 
-    let root = spec.root.as_ref().map(|root| root.path.as_path());
-    let rootfs = Rootfs::new(bundle, &request.rootfs, root)?;
-    let rootfs = progress.resources.rootfs.insert(rootfs);
+    // What stands for a sandbox has no files.
+    if !host.is_sandbox(&request.id) {
+        let root = spec.root.as_ref().map(|root| root.path.as_path());
+        let rootfs = Rootfs::new(bundle, &request.rootfs, root)?;
+        progress.resources.rootfs = Some(rootfs);
+    }
 
     let cgroup = cgroup::directory(spec.cgroups_path(), &host.namespace, &request.id)?;
     let anchors = cgroup::anchors(&cgroup);
-    let is_first = host.pod_cgroup.as_ref() == Some(&cgroup);
+    let is_first = host.pod.cgroup() == Some(&*cgroup);
     if is_first {
         cgroup::ensure(&anchors)?;
     } else {
+        if let Some(sandbox) = &host.sandbox {
+            progress.resources.member = Some(sandbox.note(&request.id, &cgroup)?);
+        }
         progress.resources.cgroup = Some(Cgroup::create(cgroup)?);
     }
 
@@ -200,21 +216,24 @@ async fn build(
     };
 
     if spec.has_early_hooks() {
-        rootfs.show(bundle, &confinement.state_dir).await?;
+        if let Some(rootfs) = &mut progress.resources.rootfs {
+            rootfs.show(bundle, &confinement.state_dir).await?;
+        }
         run_early_hooks(host, &spec, request, pid).await?;
     }
 
     let shares = &mut progress.resources.shares;
-    let rootfs_share = shares
-        .add_rootfs(
-            &host.pod,
-            confinement,
-            &host.reaper,
-            &neighbourhood.prefix,
-            rootfs,
-        )
-        .await?;
-    let mounts = shares.add_mounts(&host.pod, confinement, &spec).await?;
+    let rootfs_share = match &mut progress.resources.rootfs {
+        Some(rootfs) => {
+            let prefix = &neighbourhood.prefix;
+            let shared = shares.add_rootfs(&host.pod, confinement, &host.reaper, prefix, rootfs);
+            shared.await?
+        }
+        None => String::new(),
+    };
+    let sandbox = host.sandbox.as_deref();
+    let mounts = shares.add_mounts(&host.pod, confinement, &spec, sandbox);
+    let mounts = mounts.await?;
     let early_hooks = spec.hooks_of(|hooks| &hooks.create_container);
     let create_container_hooks = shares
         .add_hooks(&host.pod, confinement, &neighbourhood.prefix, early_hooks)

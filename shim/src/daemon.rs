@@ -5,23 +5,22 @@ use std::{
     time::Duration,
 };
 
-use containerd_shim_protos::shim_async::create_task;
-use futures::stream;
+use containerd_shim_protos::{sandbox_async::create_sandbox, shim_async::create_task};
 use thiserror::Error;
 use tokio::{
-    net::{UnixListener, UnixStream},
+    net::UnixListener,
     runtime,
     signal::unix::{SignalKind, signal},
     time::timeout,
 };
 use tracing::Level;
-use ttrpc::asynchronous::{Server, Service as Methods, transport::Listener};
+use ttrpc::asynchronous::{Server, Service as Methods};
 
 use crate::{
     address::Address,
-    cgroup,
     child::Reaper,
     config::Config,
+    connections::Connections,
     container::Host,
     events::Events,
     logging,
@@ -29,8 +28,8 @@ use crate::{
     options::Options,
     pod::{Pod, PodSettings},
     privileges,
+    sandbox::Sandbox,
     service::Service,
-    sizing::{self, Machine},
     spec::Spec,
     text,
     timeline::{self, Phase, Timeline},
@@ -77,8 +76,9 @@ enum DaemonError {
     Serve(#[source] ttrpc::Error),
 }
 
-/// Runs the daemon until the pod is no more.
-pub fn run(settings: Daemon, spec: &Spec, listener: net::UnixListener) -> ExitCode {
+/// Runs the daemon until the pod is no more. Without a specification of its first container, it is
+/// for a sandbox.
+pub fn run(settings: Daemon, spec: Option<&Spec>, listener: net::UnixListener) -> ExitCode {
     let daemon_ns = timeline::now_ns();
     let config = Config::of_pod(&settings.options);
     let level = match &config {
@@ -98,38 +98,30 @@ pub fn run(settings: Daemon, spec: &Spec, listener: net::UnixListener) -> ExitCo
     let timeline = Arc::new(Timeline::default());
     timeline.reached_at(Phase::ShimStart, settings.started_ns);
     timeline.reached_at(Phase::ShimDaemon, daemon_ns);
-    let pod_cgroup = cgroup::directory(spec.cgroups_path(), &settings.namespace, &settings.id);
-    let host_cgroup = pod_cgroup.as_ref().ok().cloned();
-    let none = HashMap::default();
-    let annotations = spec.annotations.as_ref().unwrap_or(&none);
-    let pod_settings = PodSettings {
-        config: config.and_then(|config| {
-            sizing::fit(config, spec, &Machine::this()).with_annotations(annotations)
-        }),
-        namespace: settings.namespace.clone(),
-        group: settings.group,
-        cgroup: pod_cgroup,
-        oom_score_adj: spec
-            .process
-            .as_ref()
-            .and_then(|process| process.oom_score_adj),
-    };
-
     let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return failed(&DaemonError::Runtime(error), &settings.address),
     };
     let served = runtime.block_on(async {
         let reaper = Reaper::start().map_err(DaemonError::Runtime)?;
-        // First of all: the VM boots while containerd connects.
-        let pod = Pod::boot(pod_settings, reaper.clone(), timeline);
+        let pod = Pod::new(timeline);
+        let (namespace, id) = (&settings.namespace, &settings.id);
+        let sandbox = match spec {
+            Some(spec) => {
+                // First of all: the VM boots while containerd connects.
+                let settings = PodSettings::of(config, spec, namespace, &settings.group, id);
+                pod.boot(settings, reaper.clone());
+                None
+            }
+            None => Some(Sandbox::new(namespace, id, &settings.bundle, config)),
+        };
         let host = Arc::new(Host {
             namespace: settings.namespace.clone(),
-            pod_cgroup: host_cgroup,
             networks: Networks::new(pod.clone()),
             pod,
             events: Events::start(settings.namespace),
             reaper,
+            sandbox: sandbox.map(Arc::new),
         });
         serve(host, settings.address.clone(), listener).await
     });
@@ -161,48 +153,35 @@ async fn serve(
     let mut interrupted = signal(SignalKind::interrupt()).map_err(DaemonError::Runtime)?;
 
     let service = Service::new(host.clone(), address);
+    let connections = Connections::default();
     let mut server = Server::new()
-        .add_listener(trusted_connections(listener))
-        .register_service(methods(&service));
+        .add_listener(connections.trusted(listener))
+        .register_service(methods(&service, host.sandbox.is_some()));
     server.start().await.map_err(DaemonError::Serve)?;
 
+    tokio::spawn(service.clone().end_unless_described());
     tokio::select! {
         () = service.finished() => {}
         _ = terminated.recv() => service.terminate().await,
         _ = interrupted.recv() => service.terminate().await,
     }
     host.events.drain(DRAIN_DEADLINE).await;
+    if host.sandbox.is_some() {
+        // containerd's client takes the end of its connection for an error of a call whose answer it
+        // has not looked at yet, and the end of a sandbox then for one that has failed.
+        let _ = timeout(SERVER_DEADLINE, connections.closed()).await;
+    }
     let _ = timeout(SERVER_DEADLINE, server.shutdown()).await;
     Ok(())
 }
 
-/// The task service under both of its names.
-fn methods(service: &Service) -> HashMap<String, Methods> {
+/// The task service under both of its names, and that of sandboxes.
+fn methods(service: &Service, has_sandbox: bool) -> HashMap<String, Methods> {
     let current = create_task(Arc::new(service.clone()));
     let older = create_task(Arc::new(service.clone()))
         .into_values()
         .map(|methods| (TASK_V2.to_owned(), methods));
-    current.into_iter().chain(older).collect()
-}
-
-/// Connections of processes that run as the shim's own user.
-fn trusted_connections(listener: UnixListener) -> Listener {
-    let own = nix::unistd::geteuid().as_raw();
-    Listener::new(stream::unfold(listener, move |listener| async move {
-        loop {
-            match listener.accept().await {
-                Ok((connection, _)) if is_of(&connection, own) => {
-                    return Some((Ok(connection), listener));
-                }
-                Ok(_) => tracing::warn!("A connection of another user is refused"),
-                Err(error) => return Some((Err(error), listener)),
-            }
-        }
-    }))
-}
-
-fn is_of(connection: &UnixStream, user: u32) -> bool {
-    connection
-        .peer_cred()
-        .is_ok_and(|credentials| credentials.uid() == user)
+    let sandbox = has_sandbox.then(|| create_sandbox(Arc::new(service.clone())));
+    let all = current.into_iter().chain(older);
+    all.chain(sandbox.into_iter().flatten()).collect()
 }

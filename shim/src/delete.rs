@@ -16,8 +16,8 @@ use thiserror::Error;
 
 use crate::{
     address::Address, args::Arguments, cgroup, child::KILLED, config::Config, errors::timestamp,
-    mounts::unmount_all, network, options::Options, overlay::Overlay, rootfs, spec::Spec, state,
-    view,
+    mounts::unmount_all, network, options::Options, overlay::Overlay, rootfs, sandbox, spec::Spec,
+    state, view,
 };
 
 /// How long killed processes may take to end. containerd gives the whole command five seconds.
@@ -56,7 +56,8 @@ pub fn run(arguments: &Arguments) -> Result<(), DeleteError> {
 
 fn clean(arguments: &Arguments, bundle: &Path) {
     // Without a usable specification, the container was its own pod as far as can be known.
-    let spec = Spec::read_if_there(bundle).unwrap_or_default();
+    let spec = Spec::read_if_there(bundle).ok().flatten();
+    let spec = spec.unwrap_or_default();
     let group = spec
         .group(&arguments.id)
         .unwrap_or_else(|_| arguments.id.clone());
@@ -64,10 +65,12 @@ fn clean(arguments: &Arguments, bundle: &Path) {
     if address.is_served() {
         return;
     }
-    if let Ok(path) = cgroup::directory(spec.cgroups_path(), &arguments.namespace, &arguments.id) {
-        // The VMM and the anchors have died with the shim; this waits for it.
-        cgroup::destroy(&path, PROCESSES_DEADLINE);
-    }
+    // Of a sandbox's containers containerd leaves the rest to this.
+    let mut cgroups = sandbox::left_cgroups(bundle);
+    let own = cgroup::directory(spec.cgroups_path(), &arguments.namespace, &arguments.id);
+    cgroups.extend(own.ok());
+    // The VMM and the anchors have died with the shim; this waits for it.
+    cgroup::destroy(&cgroups, PROCESSES_DEADLINE);
     if let Some(path) = spec.network_namespace()
         && !path.as_os_str().is_empty()
     {

@@ -9,7 +9,7 @@ use ttrpc::{Code, error::get_rpc_status};
 use crate::{
     agent_client::AgentError, anchor::AnchorError, apparmor::ApparmorError, cgroup::CgroupError,
     hooks::HookError, network::NetworkError, pod::PodError, rootfs::RootfsError,
-    shares::ShareError, spec::SpecError, stdio::StdioError, text,
+    sandbox::SandboxError, shares::ShareError, spec::SpecError, stdio::StdioError, text,
 };
 
 /// Why a call of the task API failed.
@@ -63,6 +63,9 @@ pub enum TaskError {
     /// A hook failed.
     #[error(transparent)]
     Hook(#[from] HookError),
+    /// The sandbox cannot be made as it is described.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
 }
 
 impl TaskError {
@@ -72,8 +75,11 @@ impl TaskError {
             Self::NotFound(_) => Code::NOT_FOUND,
             Self::AlreadyExists(_) => Code::ALREADY_EXISTS,
             Self::State(_) => Code::FAILED_PRECONDITION,
-            Self::Invalid(_) | Self::Spec(_) => Code::INVALID_ARGUMENT,
-            Self::Unsupported(_) | Self::Rootfs(RootfsError::Unsupported(_)) => Code::UNIMPLEMENTED,
+            Self::Sandbox(SandboxError::Write { .. } | SandboxError::Read { .. }) => Code::UNKNOWN,
+            Self::Sandbox(SandboxError::HostNamespace(_) | SandboxError::Rootfs)
+            | Self::Unsupported(_)
+            | Self::Rootfs(RootfsError::Unsupported(_)) => Code::UNIMPLEMENTED,
+            Self::Invalid(_) | Self::Spec(_) | Self::Sandbox(_) => Code::INVALID_ARGUMENT,
             Self::Cgroup(CgroupError::NotV2 | CgroupError::Path(_)) => Code::FAILED_PRECONDITION,
             Self::Apparmor(_) => Code::FAILED_PRECONDITION,
             Self::Network(

@@ -6,6 +6,7 @@
 //!   a running one is given.
 //! - [`daemon`]: serves the task API ([`service`]) for one pod ([`pod`]) and its containers
 //!   ([`container`]).
+//! - [`sandbox`]: what the daemon knows of a pod that has no pause container.
 //! - [`anchor`]: the process that stands for a container's process on the host.
 //! - [`view`]: the process that shows the host a container's files.
 //! - [`delete`]: cleans up what a crashed daemon left.
@@ -24,6 +25,7 @@ pub mod check;
 pub mod child;
 mod clock;
 pub mod config;
+pub mod connections;
 pub mod container;
 pub mod creation;
 pub mod daemon;
@@ -46,6 +48,7 @@ pub mod pod;
 pub mod privileges;
 pub mod process;
 pub mod rootfs;
+pub mod sandbox;
 pub mod service;
 pub mod shares;
 mod sizing;

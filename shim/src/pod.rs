@@ -6,6 +6,7 @@
 //! ```
 
 use std::{
+    collections::HashMap,
     fs::{File, OpenOptions},
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -25,14 +26,15 @@ use tokio::{
 
 use crate::{
     agent_client::{AgentClient, AgentError},
-    cgroup::{Cgroup, CgroupError},
+    cgroup::{self, Cgroup, CgroupError},
     child::Reaper,
     clock,
     config::{Config, ConfigError},
     deadline::timeout,
     ids::{IdClaim, IdError},
     network::scan::Interface,
-    spec::Cpu,
+    sizing::{self, Machine},
+    spec::{Cpu, Spec},
     state::{StateDirectory, StateError},
     streams::Streams,
     text,
@@ -115,6 +117,30 @@ pub struct PodSettings {
     pub oom_score_adj: Option<i32>,
 }
 
+impl PodSettings {
+    /// For the pod whose first container, `id`, has this specification.
+    pub fn of(
+        config: Result<Config, ConfigError>,
+        spec: &Spec,
+        namespace: &str,
+        group: &str,
+        id: &str,
+    ) -> Self {
+        let none = HashMap::default();
+        let annotations = spec.annotations.as_ref().unwrap_or(&none);
+        let process = spec.process.as_ref();
+        Self {
+            config: config.and_then(|config| {
+                sizing::fit(config, spec, &Machine::this()).with_annotations(annotations)
+            }),
+            namespace: namespace.to_owned(),
+            group: group.to_owned(),
+            cgroup: cgroup::directory(spec.cgroups_path(), namespace, id),
+            oom_score_adj: process.and_then(|process| process.oom_score_adj),
+        }
+    }
+}
+
 /// What a pod owns on the host beside the VMM. Released when the pod is stopped.
 #[derive(Debug, Default)]
 struct Belongings {
@@ -138,6 +164,7 @@ pub struct Confinement {
 pub struct Pod {
     state: watch::Sender<State>,
     belongings: Mutex<Belongings>,
+    cgroup: OnceLock<PathBuf>,
     confinement: OnceLock<Confinement>,
     queue_pairs: OnceLock<u8>,
     volumes: AsyncMutex<Volumes>,
@@ -146,18 +173,26 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Starts a pod's VM in the background.
-    pub fn boot(settings: PodSettings, reaper: Reaper, timeline: Arc<Timeline>) -> Arc<Self> {
-        let pod = Arc::new(Self {
+    /// A pod that is about to boot.
+    pub fn new(timeline: Arc<Timeline>) -> Arc<Self> {
+        Arc::new(Self {
             state: watch::Sender::new(State::Booting),
             belongings: Mutex::default(),
+            cgroup: OnceLock::new(),
             confinement: OnceLock::new(),
             queue_pairs: OnceLock::new(),
             volumes: AsyncMutex::default(),
             streams: Streams::new(),
             timeline,
-        });
-        let running = pod.clone();
+        })
+    }
+
+    /// Starts its VM in the background. To be called once.
+    pub fn boot(self: &Arc<Self>, settings: PodSettings, reaper: Reaper) {
+        if let Ok(cgroup) = &settings.cgroup {
+            let _ = self.cgroup.set(cgroup.clone());
+        }
+        let running = self.clone();
         tokio::spawn(async move {
             let limit = match &settings.config {
                 Ok(config) => Duration::from_secs(config.boot_timeout.into()),
@@ -175,7 +210,11 @@ impl Pod {
                 format!("the guest's agent did not answer within {seconds} s (boot_timeout)")
             }));
         });
-        pod
+    }
+
+    /// Directory of its cgroup, which outlives its containers.
+    pub fn cgroup(&self) -> Option<&Path> {
+        self.cgroup.get().map(PathBuf::as_path)
     }
 
     fn belongings(&self) -> MutexGuard<'_, Belongings> {

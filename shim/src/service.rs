@@ -1,5 +1,7 @@
 //! The task API that containerd calls.
 
+mod sandbox;
+
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
     future::Future,
@@ -252,13 +254,14 @@ impl Service {
                 return Err(TaskError::NotFound(format!("container {}", request.id)));
             }
             let pid = container.init.pid();
-            self.shared.host.events.publish(Event::Delete(TaskDelete {
+            let deleted = Event::Delete(TaskDelete {
                 container_id: request.id,
                 pid,
                 exit_status: exit.status.into(),
                 exited_at: MessageField::some(timestamp(exit.at)),
                 ..TaskDelete::default()
-            }));
+            });
+            self.shared.host.publish(&container.id, deleted);
             tokio::spawn(self.end_when_forgotten());
             (pid, exit)
         } else {
@@ -274,6 +277,10 @@ impl Service {
 
     /// Ends the pod unless it is used again, or containerd ends it.
     async fn end_when_forgotten(self) {
+        if self.shared.host.sandbox.is_some() {
+            // Of which containerd tells the end.
+            return self.stop_unused_vm().await;
+        }
         let ended = timeout(SHUTDOWN_DEADLINE, self.finished()).await;
         if ended.is_err() && self.containers().slots.is_empty() {
             tracing::warn!("The pod has no containers, and containerd has forgotten it");
@@ -417,6 +424,9 @@ impl Task for Service {
         _: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
+        if let Some(sandbox) = &self.shared.host.sandbox {
+            sandbox.check_open_to(&request.id)?;
+        }
         let pid = to_the_end(self.clone().create_container(request)).await?;
         Ok(CreateTaskResponse {
             pid,
@@ -534,6 +544,10 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
+        // A sandbox ends by `ShutdownSandbox`, without containers or with.
+        if self.shared.host.sandbox.is_some() {
+            return Ok(Empty::new());
+        }
         to_the_end(self.clone().shut_down()).await
     }
 }

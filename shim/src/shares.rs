@@ -15,6 +15,7 @@ use crate::{
     mapped_ids::{self, IdsError},
     pod::{Confinement, Pod},
     rootfs::{Rootfs, RootfsError},
+    sandbox::Sandbox,
     spec::{Hook, IdMappings, Mount, Spec},
     text,
     tree::{self, TreeError},
@@ -122,12 +123,14 @@ impl Shares {
         Ok(name)
     }
 
-    /// Shares the source of each bind mount of the specification.
+    /// Shares the source of each bind mount of the specification of a container, in this sandbox if in
+    /// any.
     pub async fn add_mounts(
         &mut self,
         pod: &Pod,
         confinement: &Confinement,
         spec: &Spec,
+        sandbox: Option<&Sandbox>,
     ) -> Result<Mounts, ShareError> {
         let users = spec.user_ids();
         let mut mounts = Mounts::default();
@@ -136,11 +139,14 @@ impl Shares {
             if !mount.is_bind() {
                 continue;
             }
-            let memory = shared_memory(mount).map_err(|source| ShareError::Look {
-                path: mount.source.clone(),
-                destination: mount.destination.clone(),
-                source,
-            })?;
+            let memory = match sandbox.and_then(|sandbox| sandbox.shared_memory(mount)) {
+                Some(size) => Some(size),
+                None => shared_memory(mount).map_err(|source| ShareError::Look {
+                    path: mount.source.clone(),
+                    destination: mount.destination.clone(),
+                    source,
+                })?,
+            };
             if let Some(size) = memory {
                 mounts.memory.push(MemoryMount {
                     index,

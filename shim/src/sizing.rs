@@ -12,15 +12,17 @@ const OVERHEAD_MIB: u64 = 128;
 
 /// The limits of a whole pod, which CRI knows before any of its containers: memory in bytes, and CPU
 /// time in microseconds of each period.
-const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
-const SANDBOX_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-const SANDBOX_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+pub const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+pub const SANDBOX_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+pub const SANDBOX_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 
 /// What a machine has.
 #[derive(Debug, Clone, Copy)]
 pub struct Machine {
-    cpus: u64,
-    memory_mib: u64,
+    /// CPUs that are online.
+    pub cpus: u64,
+    /// In MiB.
+    pub memory_mib: u64,
 }
 
 impl Machine {

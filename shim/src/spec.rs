@@ -341,13 +341,13 @@ impl Spec {
         Ok((Self::parse(&bytes, &path)?, bytes))
     }
 
-    /// Like [`Spec::read`], but a missing file is an empty specification: containerd's sandbox API
-    /// starts shims without one.
-    pub fn read_if_there(bundle: &Path) -> Result<Self, SpecError> {
+    /// Like [`Spec::read`], but the file may be missing: containerd's sandbox API starts shims without
+    /// one.
+    pub fn read_if_there(bundle: &Path) -> Result<Option<Self>, SpecError> {
         match Self::read(bundle) {
-            Ok((spec, _)) => Ok(spec),
+            Ok((spec, _)) => Ok(Some(spec)),
             Err(SpecError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                Ok(Self::default())
+                Ok(None)
             }
             Err(error) => Err(error),
         }

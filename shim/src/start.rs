@@ -64,7 +64,10 @@ pub fn run(arguments: &Arguments, started_ns: u64) -> Result<ExitCode, StartErro
     let bundle = env::current_dir().map_err(StartError::Bundle)?;
     let options = Options::receive(&bundle)?;
     let spec = Spec::read_if_there(&bundle)?;
-    let group = spec.group(&arguments.id)?;
+    let group = match &spec {
+        Some(spec) => spec.group(&arguments.id)?,
+        None => arguments.id.clone(),
+    };
     let address = Address::new(&arguments.address, &arguments.namespace, &group);
     if let Claim::Ours(listener) = address.claim()? {
         // SAFETY: there is one thread.
@@ -81,7 +84,7 @@ pub fn run(arguments: &Arguments, started_ns: u64) -> Result<ExitCode, StartErro
                     started_ns,
                     address,
                 };
-                return Ok(daemon::run(settings, &spec, listener));
+                return Ok(daemon::run(settings, spec.as_ref(), listener));
             }
             Ok(ForkResult::Parent { .. }) => {}
             Err(errno) => {

@@ -57,6 +57,8 @@ struct Test {
     long: bool,
     /// It takes long and asks for little that others do not.
     soak: bool,
+    /// It needs pods by containerd's sandbox API.
+    sandbox_api: bool,
 }
 
 /// Which tests to run.
@@ -77,7 +79,8 @@ impl Selection {
     fn has(&self, test: &Test) -> bool {
         let word = self.e2e.as_deref().unwrap_or_default();
         let meant = self.soak || !test.soak || test.name == word;
-        meant && test.name.contains(word)
+        let possible = !test.sandbox_api || self.containerd.has_sandbox_api();
+        meant && possible && test.name.contains(word)
     }
 }
 
@@ -280,6 +283,7 @@ mod tests {
             image: image.map(str::to_owned),
             long: false,
             soak: false,
+            sandbox_api: false,
         };
         let mut progress = Progress {
             waiting: vec![

@@ -102,6 +102,11 @@ impl Containerd {
         }
     }
 
+    /// Whether its lab makes pods by the sandbox API.
+    pub fn has_sandbox_api(self) -> bool {
+        matches!(self, Self::V2)
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::V1 => "1.7",

@@ -14,6 +14,7 @@ mod hooks;
 mod mount_options;
 pub mod mounts;
 pub mod namespaces;
+mod pause;
 mod proc;
 pub mod protocol;
 pub mod root;
@@ -266,15 +267,18 @@ fn become_process(
     credentials::become_user(user, &capabilities)?;
     // A directory that only the user may enter, or only root.
     entered.or_else(|_| exec::change_directory(process))?;
-    // As the user, who may see other files than root does.
-    let program = Program::find(process, user.uid)?;
-    credentials::Capabilities::raise_permitted()?;
-    settings::no_new_privileges(process)?;
-    settings::default_signals()?;
     let create = match &request.task {
         Task::Create(create) => Some(create),
         Task::Join => None,
     };
+    let program = match create {
+        Some(create) if create.rootfs.is_none() => None,
+        // As the user, who may see other files than root does.
+        _ => Some(Program::find(process, user.uid)?),
+    };
+    credentials::Capabilities::raise_permitted()?;
+    settings::no_new_privileges(process)?;
+    settings::default_signals()?;
     if create.is_some() {
         channel
             .reply(&Reply::Ready, None)
@@ -294,7 +298,10 @@ fn become_process(
         hooks::start_container(&request.container, create, confine)?;
     }
     confine()?;
-    Err(program.execute().into())
+    match program {
+        Some(program) => Err(program.execute().into()),
+        None => Err(pause::hold()),
+    }
 }
 
 /// Opens something of the guest itself, before the container's root is entered.

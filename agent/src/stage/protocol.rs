@@ -58,8 +58,9 @@ pub enum Task {
 pub struct CreateTask {
     /// Its whole spec.
     pub spec: Spec,
-    /// Where the guest sees its root file system.
-    pub rootfs: PathBuf,
+    /// Where the guest sees its root file system. Without one it is empty, and its process only
+    /// holds namespaces.
+    pub rootfs: Option<PathBuf>,
     /// Where the guest sees the sources of its bind mounts, by index in the spec.
     pub binds: HashMap<usize, PathBuf>,
     /// Its bundle on the host, which hooks are told.

@@ -46,7 +46,10 @@ impl Sources {
     /// Takes everything. `users` are the ids of the container's user namespace.
     pub fn open(create: &CreateTask, users: Option<&IdMappings>) -> Result<Self, StageError> {
         let failed = |path: &Path| StageError::system(format!("clone {}", path.display()));
-        let root = mounts::clone_path(&create.rootfs, true).map_err(failed(&create.rootfs))?;
+        let root = match &create.rootfs {
+            Some(path) => mounts::clone_path(path, true).map_err(failed(path))?,
+            None => mounts::empty_directory().map_err(StageError::system("make an empty root"))?,
+        };
         let mut binds = HashMap::new();
         for (index, mount) in create.spec.mounts().iter().flatten().enumerate() {
             if users.is_some()
@@ -56,9 +59,7 @@ impl Sources {
             }
         }
         let devices = match users {
-            Some(users) if !has_bound_dev(&create.spec) => {
-                Some(devices::prepare(&create.spec, users)?)
-            }
+            Some(users) if has_devices(create) => Some(devices::prepare(&create.spec, users)?),
             _ => None,
         };
         Ok(Self {
@@ -67,6 +68,11 @@ impl Sources {
             devices,
         })
     }
+}
+
+/// Whether device nodes are made for it.
+fn has_devices(create: &CreateTask) -> bool {
+    create.rootfs.is_some() && !has_bound_dev(&create.spec)
 }
 
 /// A detached mount of what a bind mount shows.
@@ -96,7 +102,7 @@ pub fn enter(id: &str, create: &CreateTask, mut sources: Sources) -> Result<(), 
         };
         mounts::make(&root, mount, source)?;
     }
-    if !has_bound_dev(&create.spec) {
+    if has_devices(create) {
         if let Some(devices) = &sources.devices {
             attach(devices, DEVICES)?;
         }

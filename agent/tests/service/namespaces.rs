@@ -177,6 +177,74 @@ async fn namespaces_of_other_containers_are_joined() {
     host.end("c1").await;
 }
 
+/// A sandbox as the shim describes it; then the same with users of its own.
+#[tokio::test]
+async fn a_sandbox_holds_its_namespaces_without_files() {
+    for with_users_of_its_own in [false, true] {
+        let host = Host::start().await;
+        give_root(&host);
+        let mut sandbox = if with_users_of_its_own {
+            with_users("")
+        } else {
+            spec("")
+        };
+        sandbox["hostname"] = json!("held");
+        sandbox["mounts"] = json!([]);
+        sandbox["root"] = json!({"path": "rootfs", "readonly": true});
+        sandbox["process"] = json!({
+            "user": {"uid": 65_535, "gid": 65_535}, "args": ["pause"], "cwd": "/",
+            "noNewPrivileges": true, "capabilities": {},
+        });
+        let request = CreateContainerRequest {
+            container_id: "s1".to_owned(),
+            spec: sandbox.to_string().into_bytes(),
+            ..CreateContainerRequest::default()
+        };
+        let created = host.client.create_container(crate::deadline(), &request);
+        created.await.unwrap();
+        host.start_container("s1").await.unwrap();
+
+        // It is PID 1 of those that join it, and all that they can see of it.
+        let script = "
+            hostname; cat /proc/1/comm; grep -E '^(Uid|CapEff|NoNewPrivs)' /proc/1/status
+            ls -A /proc/1/root 2>/dev/null | wc -l
+            ls /proc/1/fd | wc -l
+            sh -c 'sleep 0.1 & echo $!' > /tmp/orphan; orphan=$(cat /tmp/orphan)
+            while [ -e /proc/$orphan ]; do sleep 0.1; done; echo reaped
+        ";
+        let mut member = spec(script);
+        let mut kinds = vec!["uts", "ipc", "pid", "network"];
+        if with_users_of_its_own {
+            kinds.push("user");
+        }
+        for kind in &kinds {
+            let path = format!("/proc/77/ns/{kind}");
+            add_namespace(&mut member, json!({"type": kind, "path": path}));
+        }
+        let joined = kinds.iter().map(|kind| JoinedNamespace {
+            type_: (*kind).to_owned(),
+            container_id: "s1".to_owned(),
+            ..JoinedNamespace::default()
+        });
+        let request = CreateContainerRequest {
+            joined_namespaces: joined.collect(),
+            ..CreateContainerRequest::default()
+        };
+        let (code, out, err) = host.run_with("c1", &member, request).await;
+        assert_eq!((code, err.as_str()), (0, ""), "{out}");
+        let expected = "held pause Uid: 65535 65535 65535 65535 CapEff: 0000000000000000 \
+            NoNewPrivs: 1 0 3 reaped";
+        let seen: Vec<_> = out.split_whitespace().collect();
+        assert_eq!(seen, expected.split_whitespace().collect::<Vec<_>>());
+
+        // As a pause container ends.
+        let term = crate::signal("s1", "", libc::SIGTERM, false);
+        host.client.signal(crate::deadline(), &term).await.unwrap();
+        assert_eq!(host.wait("s1", "").await, 0);
+        host.delete("s1").await;
+    }
+}
+
 #[tokio::test]
 async fn what_no_container_of_the_pod_has_is_refused() {
     let host = Host::start().await;

@@ -99,7 +99,8 @@ async fn trial(config: Config, reaper: Reaper) -> Result<Answer, String> {
     // Registered before there is anything to clean up.
     let interrupted = interruption().map_err(|error| format!("Cannot handle signals: {error}"))?;
     let begun = Instant::now();
-    let pod = Pod::boot(settings, reaper, Arc::new(Timeline::default()));
+    let pod = Pod::new(Arc::new(Timeline::default()));
+    pod.boot(settings, reaper);
     let answered = tokio::select! {
         answered = timeout(limit, ask(&pod, begun)) => answered
             .unwrap_or_else(|_| Err(format!("the guest did not answer within {limit:?}"))),

@@ -70,12 +70,10 @@ impl Container {
         }
         self.told(self.agent().await?.pause(&self.id).await).await?;
         self.adjusted.paused.store(true, Ordering::Relaxed);
-        self.host
-            .events
-            .publish(Event::Paused(messages::TaskPaused {
-                container_id: self.id.clone(),
-                ..Default::default()
-            }));
+        self.publish(Event::Paused(messages::TaskPaused {
+            container_id: self.id.clone(),
+            ..Default::default()
+        }));
         Ok(())
     }
 
@@ -89,12 +87,10 @@ impl Container {
         self.told(self.agent().await?.resume(&self.id).await)
             .await?;
         self.adjusted.paused.store(false, Ordering::Relaxed);
-        self.host
-            .events
-            .publish(Event::Resumed(messages::TaskResumed {
-                container_id: self.id.clone(),
-                ..Default::default()
-            }));
+        self.publish(Event::Resumed(messages::TaskResumed {
+            container_id: self.id.clone(),
+            ..Default::default()
+        }));
         Ok(())
     }
 
@@ -111,7 +107,7 @@ impl Container {
             .await?;
         cpu.change(&changes.cpu.unwrap_or_default());
         // The cgroup of the pod's first container is the pod's.
-        if self.anchors.parent() == self.host.pod_cgroup.as_deref() {
+        if self.anchors.parent() == self.host.pod.cgroup() {
             self.host.pod.limit_cpu(&cpu)?;
         }
         Ok(())
@@ -151,7 +147,7 @@ impl Container {
     /// Tells containerd when more processes have been ended than it knows of.
     pub(super) fn tell_oom(&self, kills: u64) {
         if self.adjusted.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills {
-            self.host.events.publish(Event::Oom(messages::TaskOOM {
+            self.publish(Event::Oom(messages::TaskOOM {
                 container_id: self.id.clone(),
                 ..Default::default()
             }));

@@ -61,13 +61,11 @@ impl Container {
         };
         execs.insert(exec_id.to_owned(), exec);
         drop(execs);
-        self.host
-            .events
-            .publish(Event::ExecAdded(messages::TaskExecAdded {
-                container_id: self.id.clone(),
-                exec_id: exec_id.to_owned(),
-                ..Default::default()
-            }));
+        self.publish(Event::ExecAdded(messages::TaskExecAdded {
+            container_id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+            ..Default::default()
+        }));
         Ok(())
     }
 
@@ -91,14 +89,12 @@ impl Container {
             Ok((anchor, agent)) => {
                 let pid = anchor.pid();
                 process.set_pid(pid);
-                self.host
-                    .events
-                    .publish(Event::ExecStarted(messages::TaskExecStarted {
-                        container_id: self.id.clone(),
-                        exec_id: exec_id.to_owned(),
-                        pid,
-                        ..Default::default()
-                    }));
+                self.publish(Event::ExecStarted(messages::TaskExecStarted {
+                    container_id: self.id.clone(),
+                    exec_id: exec_id.to_owned(),
+                    pid,
+                    ..Default::default()
+                }));
                 process.started();
                 tokio::spawn(self.clone().supervise(process, anchor, agent));
                 Ok(pid)

@@ -278,6 +278,8 @@ struct Process {
     streams: [Option<Arc<Mutex<Option<UnixStream>>>>; 3],
     exit: Arc<watch::Sender<Option<u32>>>,
     root: String,
+    /// What its container was made from.
+    described: serde_json::Value,
 }
 
 struct FakeAgent {
@@ -304,6 +306,7 @@ impl FakeAgent {
         process: &serde_json::Value,
         stdio: &Stdio,
         root: String,
+        described: serde_json::Value,
     ) -> Process {
         let mut arguments: Vec<String> = process["args"]
             .as_array()
@@ -324,6 +327,7 @@ impl FakeAgent {
             ],
             exit: Arc::new(watch::Sender::new(None)),
             root,
+            described,
         };
         let key = (id.to_owned(), exec.to_owned());
         self.processes.lock().unwrap().insert(key, process.clone());
@@ -401,8 +405,14 @@ impl FakeAgent {
                     stdout.write_all(listing.unwrap().as_bytes()).await.unwrap();
                     0
                 }
+                ["describe"] => {
+                    let mut stdout = stdout.unwrap();
+                    let text = process.described.to_string();
+                    stdout.write_all(text.as_bytes()).await.unwrap();
+                    0
+                }
                 // Until a signal comes; an end of the input does nothing.
-                ["sleep", ..] => {
+                ["sleep" | "pause", ..] => {
                     if let Some(mut stdin) = stdin {
                         let _ = stdin.read(&mut [0]).await;
                     }
@@ -426,6 +436,25 @@ fn tell(fifo: &Path, what: &serde_json::Value) {
         let fifo = fs::File::options().write(true).open(fifo);
         writeln!(fifo.unwrap(), "{what}").unwrap();
     }
+}
+
+/// What a container was made from beside its process.
+fn describe(spec: &serde_json::Value, request: &CreateContainerRequest) -> serde_json::Value {
+    let joined = request.joined_namespaces.iter();
+    let joined = joined.map(|one| (one.type_.clone(), one.container_id.clone().into()));
+    let joined: serde_json::Map<_, _> = joined.collect();
+    let at = |index: u32| spec["mounts"][index as usize]["destination"].clone();
+    let memory = request.memory_mounts.first().map(|memory| {
+        serde_json::json!({ "name": memory.name, "size": memory.size, "at": at(memory.index) })
+    });
+    let shared = request.shared_mounts.iter().map(|mount| at(mount.index));
+    serde_json::json!({
+        "root": !request.rootfs_share.is_empty(),
+        "joined": joined,
+        "memory": memory,
+        "shared": shared.collect::<Vec<_>>(),
+        "ipc": spec["linux"]["namespaces"][1]["path"],
+    })
 }
 
 fn listing(root: i32) -> String {
@@ -461,7 +490,9 @@ impl Agent for FakeAgent {
             return Err(get_rpc_status(Code::INVALID_ARGUMENT, message));
         }
         let key = (request.container_id.as_str(), "");
-        self.add(key, &spec["process"], &request.stdio, request.rootfs_share)
+        let described = describe(&spec, &request);
+        let root = request.rootfs_share.clone();
+        self.add(key, &spec["process"], &request.stdio, root, described)
             .await;
         Ok(Empty::new())
     }
@@ -484,7 +515,9 @@ impl Agent for FakeAgent {
             return Err(get_rpc_status(Code::INVALID_ARGUMENT, "no such command"));
         }
         let key = (request.container_id.as_str(), request.exec_id.as_str());
-        let process = self.add(key, &process, &request.stdio, init.root).await;
+        let (root, described) = (init.root, init.described);
+        let process = self.add(key, &process, &request.stdio, root, described);
+        let process = process.await;
         self.run(process);
         Ok(Empty::new())
     }

@@ -13,6 +13,7 @@ mod machine;
 mod mounted;
 mod net;
 mod network;
+mod sandbox;
 mod stuck;
 
 use std::{future::Future, process::ExitCode};
@@ -124,6 +125,31 @@ fn single() -> Vec<Trial> {
         trial("a_lost_exec_ends_with_its_container", stuck::lost_exec),
         trial("a_log_that_nobody_reads_stops_nobody", stuck::unread_log),
         trial("a_host_without_kvm_is_told", crashes::no_kvm),
+        trial("a_sandbox_lives_until_it_is_shut_down", sandbox::life),
+        trial("a_container_gets_what_its_sandbox_has", sandbox::member),
+        trial(
+            "a_stopped_sandbox_ends_its_containers",
+            sandbox::stopped_with_containers,
+        ),
+        trial(
+            "a_sandbox_can_be_shut_down_at_once",
+            sandbox::shut_down_at_once,
+        ),
+        trial("a_sandbox_ends_with_its_vm", sandbox::vmm_killed),
+        trial(
+            "a_sandbox_ends_with_its_anchor_alone",
+            sandbox::anchor_killed,
+        ),
+        trial("a_killed_sandbox_is_cleaned_up_after", sandbox::shim_killed),
+        trial("a_sandbox_that_cannot_be_is_refused", sandbox::refused),
+        trial("a_sandbox_tells_why_it_has_no_vm", sandbox::boot_failure),
+        trial(
+            "a_sandbox_may_end_while_it_starts",
+            sandbox::shut_down_while_starting,
+        ),
+        trial("a_sandbox_that_nobody_describes_ends", sandbox::forgotten)
+            // Other builds have their deadlines in full.
+            .with_ignored_flag(!cfg!(debug_assertions)),
         trial("a_check_tries_a_guest_and_leaves_nothing", check::boots),
         trial("a_check_tells_what_failed_and_the_fix", check::failures),
         trial("an_interrupted_check_leaves_nothing", check::interrupted),

@@ -10,6 +10,8 @@ use crate::command::{Finished, Input, Running};
 
 /// The runtime under test, unless another is named.
 pub const BULKHEAD: &str = "io.containerd.bulkhead.v2";
+/// Bulkhead where containerd makes pods by its sandbox API: a handler of CRI, not a name of the runtime.
+pub const SANDBOX: &str = "bulkhead-sandbox";
 /// The runtime that it is compared with.
 pub const RUNC: &str = "io.containerd.runc.v2";
 

@@ -9,7 +9,8 @@ use libtest_mimic::{Arguments, Trial};
 use serde_json::json;
 
 use crate::cases::{self, Case, Setting};
-use crate::ctr::BULKHEAD;
+use crate::cri;
+use crate::ctr::{BULKHEAD, SANDBOX};
 use crate::host::Log;
 use crate::residue::Snapshot;
 
@@ -20,7 +21,9 @@ const LOG_SHOWN: u64 = 8 * 1024;
 pub fn run(runtime: &str, mut arguments: Arguments) -> ExitCode {
     // One at a time: what is left on the host must be one test's alone.
     arguments.test_threads = Some(1);
-    let trials = selected(runtime).map(|case| trial(case, runtime.to_owned()));
+    let sandboxes = cri::has_sandbox_api();
+    let possible = selected(runtime).filter(|case| !case.sandbox_api || sandboxes);
+    let trials = possible.map(|case| trial(case, runtime.to_owned()));
     let trials: Vec<_> = trials.collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -32,6 +35,7 @@ pub fn list(runtime: &str) {
             "{}",
             json!({
                 "name": case.name, "image": case.image, "long": case.long, "soak": case.soak,
+                "sandbox_api": case.sandbox_api,
             })
         );
     }
@@ -50,7 +54,12 @@ fn trial(case: Case, runtime: String) -> Trial {
     };
     let soak = case.soak;
     Trial::test(case.name, move || {
-        let setting = Setting { runtime };
+        let setting = Setting {
+            runtime: match case.sandbox_api {
+                true => SANDBOX.to_owned(),
+                false => runtime,
+            },
+        };
         let log = Log::start();
         let started = Instant::now();
         let result = checked(&case, &setting);

@@ -42,6 +42,8 @@ pub struct Case {
     pub image: Option<&'static str>,
     /// It takes minutes.
     pub long: bool,
+    /// Pods are made by containerd's sandbox API.
+    pub sandbox_api: bool,
     /// It takes long and asks for little that others do not: only run when asked for.
     pub soak: bool,
     /// Fails with everything that is needed to understand why.
@@ -64,6 +66,14 @@ impl Case {
         Self { long: true, ..self }
     }
 
+    const fn by_sandbox_api(self) -> Self {
+        Self {
+            sandbox_api: true,
+            bulkhead_only: true,
+            ..self
+        }
+    }
+
     const fn soak(self) -> Self {
         Self { soak: true, ..self }
     }
@@ -71,7 +81,8 @@ impl Case {
 
 /// What the tests run against.
 pub struct Setting {
-    /// The runtime under test, by containerd's name.
+    /// The runtime under test, by containerd's name; where pods are made by the sandbox API,
+    /// [`crate::ctr::SANDBOX`].
     pub runtime: String,
 }
 
@@ -89,6 +100,7 @@ const fn case(name: &'static str, run: fn(&Setting) -> Result<()>) -> Case {
         bulkhead_only: false,
         image: None,
         long: false,
+        sandbox_api: false,
         soak: false,
         run,
     }
@@ -101,6 +113,7 @@ const fn bulkhead(name: &'static str, run: fn(&Setting) -> Result<()>) -> Case {
         bulkhead_only: true,
         image: None,
         long: false,
+        sandbox_api: false,
         soak: false,
         run,
     }

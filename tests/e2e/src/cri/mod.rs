@@ -38,6 +38,14 @@ const CGROUPS: &str = "/kubepods";
 /// Between two looks at a container's state.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// Where the lab configures containerd.
+const CONFIG: &str = "/etc/containerd/config.toml";
+
+/// Whether this containerd can make pods by its sandbox API.
+pub fn has_sandbox_api() -> bool {
+    fs::read_to_string(CONFIG).is_ok_and(|config| config.contains(ctr::SANDBOX))
+}
+
 /// containerd with one of its runtimes.
 pub struct Cri {
     client: Client,
@@ -59,6 +67,7 @@ impl Cri {
             client: Client::new()?,
             handler: match runtime {
                 ctr::RUNC => "runc",
+                ctr::SANDBOX => ctr::SANDBOX,
                 _ => "bulkhead",
             },
             number: Cell::new(0),
@@ -211,14 +220,21 @@ impl Pod<'_> {
         Ok(path)
     }
 
-    /// The host's process for its first container.
+    /// What containerd tells of it beyond its status.
+    pub fn info(&self) -> Result<Value> {
+        let request = json!({ "pod_sandbox_id": self.id, "verbose": true });
+        let answer = self.cri.call("PodSandboxStatus", &request)?;
+        let info = text(&answer["info"]["info"])?;
+        serde_json::from_str(&info).with_context(|| format!("no JSON: {info}"))
+    }
+
+    /// The host's process for the pod itself.
     pub fn pid(&self) -> Result<i32> {
-        let tasks = ctr(&["--namespace", NAMESPACE, "task", "ls"])?.succeeds()?;
-        let line = tasks.lines().find(|line| line.starts_with(&self.id));
-        let pid = line.and_then(|line| line.split_whitespace().nth(1));
+        let info = self.info()?;
+        let pid = info["pid"].as_i64();
         Ok(pid
-            .with_context(|| format!("no task of the pod in {tasks}"))?
-            .parse()?)
+            .with_context(|| format!("no pid in {info}"))?
+            .try_into()?)
     }
 
     /// Ends everything in it.

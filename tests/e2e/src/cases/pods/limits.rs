@@ -58,7 +58,7 @@ fn limits(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-fn out_of_memory(setting: &Setting) -> Result<()> {
+pub fn out_of_memory(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let pod = cri.pod(&json!({}))?;
     let quiet = pod.start("quiet", &json!({}))?;
@@ -80,7 +80,7 @@ fn out_of_memory(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-fn statistics(setting: &Setting) -> Result<()> {
+pub fn statistics(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let pod = cri.pod(&json!({}))?;
     let member = pod.start("member", &json!({}))?;
@@ -126,7 +126,7 @@ fn statistics(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-fn size(setting: &Setting) -> Result<()> {
+pub fn size(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let memory_inside = |linux| -> Result<(u64, String)> {
         let pod = cri.pod(&json!({ "linux": linux }))?;

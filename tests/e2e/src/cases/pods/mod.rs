@@ -3,6 +3,7 @@
 mod life;
 mod limits;
 mod network;
+mod sandbox;
 mod security;
 mod volumes;
 
@@ -15,6 +16,7 @@ pub fn cases() -> Vec<Case> {
         limits::cases(),
         network::cases(),
         security::cases(),
+        sandbox::cases(),
     ]
     .into_iter()
     .flatten()

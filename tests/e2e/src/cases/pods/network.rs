@@ -41,7 +41,7 @@ fn client() -> Result<Value> {
     Ok(config)
 }
 
-fn shared(setting: &Setting) -> Result<()> {
+pub fn shared(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let dns = json!({
         "dns_config": { "servers": ["10.0.0.53"], "searches": ["e2e.svc.cluster.local"] },
@@ -78,7 +78,7 @@ fn shared(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-fn forwarded(setting: &Setting) -> Result<()> {
+pub fn forwarded(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let pod = cri.pod(&json!({}))?;
     let server = pod.start("server", &server()?)?;

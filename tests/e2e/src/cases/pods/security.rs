@@ -60,7 +60,7 @@ fn rights(setting: &Setting) -> Result<()> {
     cri.end()
 }
 
-fn users(setting: &Setting) -> Result<()> {
+pub fn users(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let map = json!([{ "host_id": 131_072, "container_id": 0, "length": 65_536 }]);
     let options = json!({
@@ -154,9 +154,14 @@ fn privileged(setting: &Setting) -> Result<()> {
 }
 
 fn of_host(setting: &Setting) -> Result<()> {
+    refused_of_host(setting, &["network", "pid", "ipc"])
+}
+
+/// No pod can have these namespaces of the host.
+pub fn refused_of_host(setting: &Setting, kinds: &[&str]) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
-    for kind in ["network", "pid", "ipc"] {
-        let options = json!({ "namespace_options": { kind: "NODE" } });
+    for kind in kinds {
+        let options = json!({ "namespace_options": { *kind: "NODE" } });
         let pod = cri.pod(&json!({ "linux": { "security_context": options } }));
         let refused = refusal(pod)?;
         ensure!(

@@ -59,7 +59,7 @@ fn with(mounts: &[Value]) -> Value {
     json!({ "mounts": mounts })
 }
 
-fn shared(setting: &Setting) -> Result<()> {
+pub fn shared(setting: &Setting) -> Result<()> {
     let cri = Cri::new(&setting.runtime)?;
     let pod = cri.pod(&json!({}))?;
     let on_disk = pod.volume("disk")?;
