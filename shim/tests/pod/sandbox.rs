@@ -297,6 +297,8 @@ pub async fn member() {
     );
     let hostname = fs::read_to_string(bundle.join("hostname")).unwrap();
     assert_eq!(hostname, "in-pod\n");
+    // Its output ends before it does.
+    shim.task.wait(deadline(), &wait(MEMBER, "")).await.unwrap();
     shim.task
         .delete(deadline(), &delete(MEMBER, ""))
         .await
