@@ -11,6 +11,7 @@
 //! anything by itself. Containers of a pod that are in the same namespace have one network together,
 //! which ends with the last of them.
 
+mod connection;
 pub mod namespace;
 pub mod netlink;
 pub mod ports;
@@ -20,34 +21,24 @@ pub mod scan;
 pub mod tap;
 
 use std::{
-    collections::{BTreeSet, HashMap, hash_map::Entry},
+    collections::{HashMap, hash_map::Entry},
     future::Future,
     io,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
-    time::Duration,
 };
 
-use bulkhead_agent_api::messages::{Interface as GuestInterface, NetworkRequest};
-use bulkhead_vmm_control::{NICS, nic_device};
+use bulkhead_vmm_control::NICS;
 use thiserror::Error;
 use tokio::{io::unix::AsyncFd, sync::Mutex as AsyncMutex, task::AbortHandle};
 
 use self::{
+    connection::Network,
     namespace::{Namespace, NamespaceId},
     netlink::{Monitor, Netlink},
-    ports::Ports,
-    redirect::RedirectError,
-    scan::{Interface, LOOPBACK, Scan, scan},
-    tap::Tap,
+    scan::LOOPBACK,
 };
-use crate::{
-    agent_client::AgentError, deadline::timeout, pod::Pod, process::Process, text,
-    vmm_process::VmmError,
-};
-
-/// How long the agent may take to dial the stream of the name server.
-const RESOLVER_DEADLINE: Duration = Duration::from_secs(60);
+use crate::{agent_client::AgentError, pod::Pod, process::Process, vmm_process::VmmError};
 
 /// Why a container has no network.
 #[derive(Debug, Error)]
@@ -147,43 +138,6 @@ impl Members {
     }
 }
 
-/// An interface that the guest has.
-#[derive(Debug)]
-struct Nic {
-    slot: u8,
-    /// As it was when the guest got it.
-    interface: Interface,
-    /// Index of the tap.
-    tap: u32,
-    /// The tap's MTU.
-    mtu: u16,
-}
-
-impl Nic {
-    /// Whether the guest's device can become what the interface is now.
-    fn can_be(&self, found: &Interface) -> bool {
-        let had = &self.interface;
-        // A virtio device's MTU does not grow.
-        had.index == found.index && had.mac == found.mac && found.mtu <= had.mtu
-    }
-}
-
-#[derive(Debug)]
-struct Network {
-    namespace: Arc<Namespace>,
-    members: Arc<Members>,
-    nics: Vec<Nic>,
-    /// What the guest was told last; `None` when nobody knows how much of it was done.
-    told: Option<Scan>,
-    /// What was complained about.
-    complaints: BTreeSet<String>,
-    /// The namespace was there before its first container.
-    by_path: bool,
-    resolver: Option<Task>,
-    ports: Option<Ports>,
-    _watch: Task,
-}
-
 /// The networks of a pod, by their namespaces. All changes to them are made one after the other.
 #[derive(Debug)]
 pub struct Networks {
@@ -228,7 +182,7 @@ impl Networks {
             Entry::Vacant(place) => place.insert(self.open(namespace, by_path).await?),
         };
         let member = (container.to_owned(), init.clone());
-        network.members.list().push(member);
+        network.members().list().push(member);
         let membership = Membership {
             namespace: id,
             container: container.to_owned(),
@@ -258,14 +212,14 @@ impl Networks {
         };
         let container = &membership.container;
         let last = {
-            let mut members = network.get().members.list();
+            let mut members = network.get().members().list();
             members.retain(|(id, _)| id != container);
             members.is_empty()
         };
         if last {
             network.get_mut().close(&self.pod, container).await;
             // With it ends its watch.
-            let namespace = network.remove().namespace;
+            let namespace = network.remove().into_namespace();
             if networks.is_empty() {
                 *self.last() = Some(namespace);
             }
@@ -291,17 +245,7 @@ impl Networks {
         let registered = unsafe { AsyncFd::register(monitor) };
         let monitor = registered.map_err(|error| NetworkError::Scan(error.into_parts().1))?;
         let watch = watch(Arc::downgrade(self), namespace.id(), monitor);
-        Ok(Network {
-            namespace: Arc::new(namespace),
-            members: Arc::default(),
-            nics: Vec::new(),
-            told: Some(Scan::default()),
-            complaints: BTreeSet::new(),
-            by_path,
-            resolver: None,
-            ports: None,
-            _watch: Task::spawn(watch),
-        })
+        Ok(Network::new(namespace, by_path, Task::spawn(watch)))
     }
 
     /// Looks at a namespace and makes the guest have what it has. With `strict`, what cannot be had is
@@ -313,52 +257,11 @@ impl Networks {
         strict: bool,
     ) -> Result<(), NetworkError> {
         let others = networks.iter().filter(|(other, _)| **other != id);
-        let others: Vec<u8> = others
-            .flat_map(|(_, network)| network.nics.iter().map(|nic| nic.slot))
-            .collect();
+        let others: Vec<u8> = others.flat_map(|(_, network)| network.slots()).collect();
         let Some(network) = networks.get_mut(&id) else {
             return Ok(());
         };
-        let mut found = network
-            .namespace
-            .run(|| scan(&Netlink::open()?))
-            .await
-            .map_err(NetworkError::Namespace)?
-            .map_err(NetworkError::Scan)?;
-        network.refuse(&found, strict)?;
-        network.remove_all_but(&self.pod, &found).await?;
-
-        for interface in found.interfaces.clone() {
-            if network
-                .nics
-                .iter()
-                .any(|nic| nic.interface.index == interface.index)
-            {
-                continue;
-            }
-            let own = |slot: &u8| network.nics.iter().any(|nic| nic.slot == *slot);
-            let free = (0..NICS).find(|slot| !others.contains(slot) && !own(slot));
-            let added = match free {
-                Some(slot) => network.add(&self.pod, slot, &interface).await,
-                None => Err(NetworkError::TooMany(interface.name.clone())),
-            };
-            match added {
-                Ok(()) => {}
-                Err(error) if strict => return Err(error),
-                Err(error) => {
-                    network.complain(&error);
-                    found.keep(|kept| kept.index != interface.index);
-                }
-            }
-        }
-        network.follow_mtus(&found).await;
-        if let Some(container) = network.members.alive() {
-            network.tell(&self.pod, &container, found).await?;
-        }
-        if network.ports.is_none() && (network.by_path || !network.nics.is_empty()) {
-            network.open_ports(&self.pod).await;
-        }
-        Ok(())
+        network.follow(&self.pod, &others, strict).await
     }
 }
 
@@ -388,262 +291,6 @@ async fn watch(networks: Weak<Networks>, id: NamespaceId, monitor: AsyncFd<Monit
             }
         });
         let _ = changing.await;
-    }
-}
-
-impl Network {
-    /// Tells of what the guest does not get.
-    fn refuse(&mut self, found: &Scan, strict: bool) -> Result<(), NetworkError> {
-        for (name, why) in &found.unsupported {
-            let error = NetworkError::Unsupported {
-                name: name.clone(),
-                why,
-            };
-            if strict {
-                return Err(error);
-            }
-            self.complain(&error);
-        }
-        Ok(())
-    }
-
-    /// Logs what is wrong, once.
-    fn complain(&mut self, error: &NetworkError) {
-        let error = text::chain(error);
-        if self.complaints.insert(error.clone()) {
-            tracing::warn!(error, "The pod's network is incomplete");
-        }
-    }
-
-    /// Takes interfaces away from the guest that are not there any more, or not as they were.
-    async fn remove_all_but(&mut self, pod: &Pod, found: &Scan) -> Result<(), NetworkError> {
-        let stays = |nic: &Nic| found.interfaces.iter().any(|found| nic.can_be(found));
-        let (stay, gone): (Vec<Nic>, Vec<Nic>) =
-            std::mem::take(&mut self.nics).into_iter().partition(stays);
-        self.nics = stay;
-        if gone.is_empty() {
-            return Ok(());
-        }
-        let mut without = found.clone();
-        let kept: Vec<u32> = self.nics.iter().map(|nic| nic.interface.index).collect();
-        without.keep(|interface| kept.contains(&interface.index));
-        // The guest's driver has to leave them first.
-        let told = match self.members.alive() {
-            Some(container) => self.tell(pod, &container, without).await,
-            None => Ok(()),
-        };
-        for nic in &gone {
-            self.detach(pod, nic).await;
-        }
-        told
-    }
-
-    /// Makes an interface one of the guest's.
-    async fn add(
-        &mut self,
-        pod: &Pod,
-        slot: u8,
-        interface: &Interface,
-    ) -> Result<(), NetworkError> {
-        let name = || interface.name.clone();
-        let (index, mtu) = (interface.index, interface.mtu);
-        let queue_pairs = pod.queue_pairs();
-        let made = self.namespace.run(move || {
-            let netlink = Netlink::open().map_err(Made::Tap)?;
-            let tap = Tap::create(&netlink, index, mtu, queue_pairs).map_err(Made::Tap)?;
-            redirect::connect(&netlink, index, tap.index).map_err(Made::Redirect)?;
-            Ok(tap)
-        });
-        let tap = match made.await.map_err(NetworkError::Namespace)? {
-            Ok(tap) => tap,
-            Err(Made::Tap(source)) => {
-                return Err(NetworkError::Tap {
-                    name: name(),
-                    hint: hint(&source),
-                    source,
-                });
-            }
-            Err(Made::Redirect(RedirectError::Taken(why))) => {
-                return Err(NetworkError::Unsupported { name: name(), why });
-            }
-            Err(Made::Redirect(RedirectError::System(what, source))) => {
-                return Err(NetworkError::Redirect {
-                    name: name(),
-                    what,
-                    source,
-                });
-            }
-        };
-        let nic = Nic {
-            slot,
-            interface: interface.clone(),
-            tap: tap.index,
-            mtu,
-        };
-        // With its last descriptor the tap goes: the VMM has them from now on.
-        if let Err(source) = pod.attach_nic(slot, interface, &tap.queues).await {
-            drop(tap);
-            self.disconnect(&nic).await;
-            return Err(NetworkError::Attach {
-                name: name(),
-                source,
-            });
-        }
-        self.nics.push(nic);
-        Ok(())
-    }
-
-    async fn detach(&self, pod: &Pod, nic: &Nic) {
-        // With the VM its devices are gone.
-        if pod.failure().is_none()
-            && let Err(error) = pod.detach_nic(nic.slot).await
-        {
-            let error = text::chain(&error);
-            tracing::warn!(
-                name = nic.interface.name,
-                error,
-                "The VMM keeps an interface"
-            );
-        }
-        self.disconnect(nic).await;
-    }
-
-    async fn disconnect(&self, nic: &Nic) {
-        let index = nic.interface.index;
-        let done = self
-            .namespace
-            .run(move || redirect::disconnect(&Netlink::open()?, index))
-            .await
-            .and_then(|done| done);
-        match done {
-            Ok(()) => {}
-            // It has gone, with all that it had.
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
-            Err(error) => {
-                let name = &nic.interface.name;
-                tracing::warn!(name, %error, "Cannot release an interface of the host");
-            }
-        }
-    }
-
-    /// Gives taps the MTUs of their interfaces.
-    async fn follow_mtus(&mut self, found: &Scan) {
-        for nic in &mut self.nics {
-            let now = found
-                .interfaces
-                .iter()
-                .find(|interface| interface.index == nic.interface.index);
-            let Some(now) = now.filter(|now| now.mtu != nic.mtu) else {
-                continue;
-            };
-            let (tap, mtu) = (nic.tap, now.mtu);
-            let set = self
-                .namespace
-                .run(move || tap::set_mtu(&Netlink::open()?, tap, mtu));
-            match set.await.and_then(|set| set) {
-                Ok(()) => nic.mtu = mtu,
-                Err(error) => {
-                    tracing::warn!(name = now.name, %error, "Cannot set the MTU of a tap");
-                }
-            }
-        }
-    }
-
-    /// Tells the guest, unless it knows.
-    async fn tell(&mut self, pod: &Pod, container: &str, found: Scan) -> Result<(), NetworkError> {
-        if self.told.as_ref().is_some_and(|told| found.is_like(told)) {
-            return Ok(());
-        }
-        let Some(agent) = pod.ready_agent() else {
-            return Ok(());
-        };
-        let expected = match found.resolver {
-            true => Some(pod.streams().expect().map_err(NetworkError::Scan)?),
-            false => None,
-        };
-        let request = NetworkRequest {
-            container_id: container.to_owned(),
-            interfaces: self.interfaces(&found),
-            addresses: found.addresses.clone(),
-            routes: found.routes.clone(),
-            rules: found.rules.clone(),
-            neighbours: found.neighbours.clone(),
-            resolver: expected
-                .as_ref()
-                .map(|expected| expected.token())
-                .unwrap_or_default(),
-            ..NetworkRequest::default()
-        };
-        // The stream may come before the answer.
-        let namespace = self.namespace.clone();
-        let resolver = expected.map(|expected| {
-            Task::spawn(async move {
-                match timeout(RESOLVER_DEADLINE, expected.arrived()).await {
-                    Ok(Some(stream)) => resolver::serve(stream, namespace).await,
-                    Ok(None) | Err(_) => tracing::warn!("The guest does not ask for names"),
-                }
-            })
-        });
-        self.told = None;
-        agent.set_network(&request).await?;
-        self.resolver = resolver;
-        self.told = Some(found);
-        Ok(())
-    }
-
-    /// What the guest is told of its interfaces.
-    fn interfaces(&self, found: &Scan) -> Vec<GuestInterface> {
-        let interfaces = found.interfaces.iter().filter_map(|interface| {
-            let has = |nic: &&Nic| nic.interface.index == interface.index;
-            let nic = self.nics.iter().find(has)?;
-            Some(GuestInterface {
-                index: interface.index,
-                name: interface.name.clone(),
-                device: nic_device(nic.slot),
-                mtu: interface.mtu.into(),
-                up: interface.up,
-                ..GuestInterface::default()
-            })
-        });
-        interfaces.collect()
-    }
-
-    /// Lets port-forward reach the guest. A container works without that.
-    async fn open_ports(&mut self, pod: &Arc<Pod>) {
-        match Ports::open(&self.namespace, pod, &self.members).await {
-            Ok(ports) => self.ports = Some(ports),
-            Err(error) => self.complain(&NetworkError::Ports(error)),
-        }
-    }
-
-    /// Gives everything back, `last` being the last container.
-    async fn close(&mut self, pod: &Pod, last: &str) {
-        self.ports = None;
-        if let Err(error) = self.tell(pod, last, Scan::default()).await {
-            let error = text::chain(&error);
-            tracing::warn!(error, "The guest keeps a network");
-        }
-        self.resolver = None;
-        for nic in std::mem::take(&mut self.nics) {
-            self.detach(pod, &nic).await;
-        }
-    }
-}
-
-/// The step at which an interface could not be had.
-#[derive(Debug)]
-enum Made {
-    Tap(io::Error),
-    Redirect(RedirectError),
-}
-
-fn hint(error: &io::Error) -> &'static str {
-    match error.raw_os_error() {
-        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-            " (load the kernel module tun: modprobe tun)"
-        }
-        Some(libc::EBUSY) => " (another pod has the interface)",
-        _ => "",
     }
 }
 

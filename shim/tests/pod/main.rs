@@ -6,6 +6,7 @@ mod check;
 mod containerd;
 mod contract;
 mod crashes;
+mod fake_agent;
 mod fake_vmm;
 mod faults;
 mod lifecycle;

@@ -24,7 +24,7 @@ use tokio::{
 use crate::{
     containerd::{Containerd, deadline, delete, start, wait, wait_gone},
     crashes::signal,
-    fake_vmm::{NETWORK, OPEN_PORT, QUESTIONS},
+    fake_agent::{NETWORK, OPEN_PORT, QUESTIONS},
     lifecycle::{connect, kill, shut_down},
     net::*,
 };

@@ -26,7 +26,7 @@ use crate::{
     adjust::{pause, resume, update},
     containerd::{Containerd, deadline, delete, start, wait},
     crashes::signal,
-    fake_vmm::OPEN_PORT,
+    fake_agent::OPEN_PORT,
     lifecycle::{connect, exec, kill, shut_down, state},
     net::Net,
 };
